@@ -1,0 +1,194 @@
+"""Spectral normalization as ``torch.autograd.Function``s with explicit backward passes.
+
+State stays on ``ctx`` and not in ``save_for_backward``, so that one computed weight serves many backward passes; a
+write to the weight in between raises. A Function with ``jvp`` cannot be traced by Dynamo, so forward-mode AD is in a
+subclass that only eager code uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import functorch_active
+from ..versions import Unchanged
+from . import reference
+from .op import spectral_norm_bwd, spectral_norm_bwd_list, spectral_norm_fwd, spectral_norm_fwd_list, state_size
+
+
+def _differentiable_backward(dout: Tensor, weight: Tensor, state: Tensor, gain: Tensor | None, dim: int, bound: Any):
+    """(dweight, dgain) in torch ops that autograd and vmap see through; sigma is a function of weight again."""
+    h, w = reference.matrix_shape(weight, dim)
+    u, v, _ = state.split([h, w, 1])
+    g, raw = dout.to(state.dtype), weight.to(state.dtype)
+    s, ds = reference.scale(u @ (reference.as_matrix(raw, dim) @ v), bound)
+    radial = (g * raw).sum()
+    dweight = s * g + (ds * radial) * reference.from_matrix(torch.outer(u, v), weight, dim)
+    if gain is not None:
+        dweight = gain * dweight
+    return dweight.to(weight.dtype), s * radial
+
+
+def _guard(tensors: Sequence[Tensor | None]) -> Unchanged | None:
+    """``None`` where version counters cannot be read: under Dynamo and inside torch.func transforms."""
+    if torch.compiler.is_compiling() or functorch_active():
+        return None
+    return Unchanged("spectral_norm", [t for t in tensors if t is not None])
+
+
+def _through_ops() -> bool:
+    """Whether a backward pass may call the (not differentiable) op."""
+    return torch.compiler.is_compiling() or not (torch.is_grad_enabled() or functorch_active())
+
+
+def _dense(dout: Tensor) -> Tensor:
+    return dout.to_dense() if not torch.compiler.is_compiling() and dout.layout != torch.strided else dout
+
+
+class SpectralNormFunction(torch.autograd.Function):
+    """``(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> (out, state)``."""
+
+    @staticmethod
+    def forward(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype):
+        return spectral_norm_fwd(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.weight, _, _, ctx.gain, ctx.dim, _, _, _, ctx.bound, _ = inputs
+        ctx.state = output[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.unchanged = _guard((ctx.weight, ctx.gain))
+
+    @staticmethod
+    def backward(ctx, dout, dstate):
+        if dout is None:
+            return (None,) * 10
+        if ctx.unchanged is not None:
+            ctx.unchanged.check()
+        backward = spectral_norm_bwd if _through_ops() else _differentiable_backward
+        dweight, dgain = backward(_dense(dout), ctx.weight, ctx.state, ctx.gain, ctx.dim, ctx.bound)
+        dgain = dgain.to(ctx.gain.dtype) if ctx.gain is not None and ctx.needs_input_grad[3] else None
+        return (dweight if ctx.needs_input_grad[0] else None, None, None, dgain, *(None,) * 6)
+
+    @staticmethod
+    def vmap(info, in_dims, weight, u, v, gain, *options):
+        def member(tensor: Tensor | None, d: int | None, i: int) -> Any:
+            return tensor if d is None or tensor is None else tensor.select(d, i)
+
+        members = [
+            apply(*(member(t, d, i) for t, d in zip((weight, u, v, gain), in_dims, strict=False)), *options)
+            for i in range(info.batch_size)
+        ]
+        outs, states = zip(*members, strict=True)
+        return (torch.stack(outs), torch.stack(states)), (0, 0)
+
+
+class SpectralNormEager(SpectralNormFunction):
+    """The same with forward-mode AD."""
+
+    @staticmethod
+    def jvp(ctx, weight_t, u_t, v_t, gain_t, *_):
+        weight, state, gain = ctx.weight.to(ctx.state.dtype), ctx.state, ctx.gain
+        h, w = reference.matrix_shape(weight, ctx.dim)
+        u, v, _ = state.split([h, w, 1])
+        s, ds = reference.scale(u @ (reference.as_matrix(weight, ctx.dim) @ v), ctx.bound)
+        tangent = torch.zeros_like(weight)
+        if weight_t is not None:
+            along = u @ (reference.as_matrix(weight_t.to(weight.dtype), ctx.dim) @ v)
+            tangent = s * weight_t + (ds * along) * weight
+            if gain is not None:
+                tangent = gain * tangent
+        if gain_t is not None:
+            tangent = tangent + gain_t * s * weight
+        return tangent.to(ctx.weight.dtype), None
+
+
+def apply(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
+    """(out, state) for one weight, differentiable in weight and gain; see ``reference.py`` for the maths."""
+    function = SpectralNormFunction if torch.compiler.is_compiling() else SpectralNormEager
+    return function.apply(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype)
+
+
+class SpectralNormListFunction(torch.autograd.Function):
+    """``((dims, n_iters, eps, v_first, bound, out_dtype), us, vs, *weights, *gains) -> (*outs, state)``."""
+
+    @staticmethod
+    def forward(options, us, vs, *tensors):
+        dims, n_iters, eps, v_first, bound, out_dtype = options
+        weights, gains = tensors[: len(us)], tensors[len(us) :]
+        outs, state = spectral_norm_fwd_list(
+            list(weights), list(us), list(vs), list(gains), list(dims), list(n_iters), eps, v_first, bound, out_dtype
+        )
+        return (*outs, state)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        options, us, _, *tensors = inputs
+        ctx.dims, ctx.bound = options[0], options[4]
+        ctx.weights, ctx.gains = tensors[: len(us)], tensors[len(us) :]
+        ctx.state = output[-1]
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.unchanged = _guard(tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        douts = grads[:-1]
+        n = len(douts)
+        if ctx.unchanged is not None:
+            ctx.unchanged.check()
+        offsets, at = [], 0
+        for weight, dim in zip(ctx.weights, ctx.dims, strict=True):
+            offsets.append(at)
+            at += state_size(weight, dim)
+        used = [i for i in range(n) if douts[i] is not None]
+        if not used:
+            return (None,) * (3 + n + len(ctx.gains))
+        dweights: list[Tensor | None] = [None] * n
+        dgains: list[Tensor | None] = [None] * len(ctx.gains)
+        if _through_ops():
+            gains = [ctx.gains[i] for i in used] if ctx.gains else []
+            results, dgain = spectral_norm_bwd_list(
+                [_dense(douts[i]) for i in used],
+                [ctx.weights[i] for i in used],
+                ctx.state,
+                [offsets[i] for i in used],
+                gains,
+                [ctx.dims[i] for i in used],
+                ctx.bound,
+            )
+            for k, i in enumerate(used):
+                dweights[i] = results[k]
+                if gains:
+                    dgains[i] = dgain[k].to(gains[k].dtype)
+        else:
+            for i in used:
+                weight, dim = ctx.weights[i], ctx.dims[i]
+                state = ctx.state[offsets[i] : offsets[i] + state_size(weight, dim)]
+                gain = ctx.gains[i] if ctx.gains else None
+                dweights[i], dgain = _differentiable_backward(_dense(douts[i]), weight, state, gain, dim, ctx.bound)
+                if gain is not None:
+                    dgains[i] = dgain.to(gain.dtype)
+        return (None, None, None, *dweights, *dgains)
+
+
+def apply_list(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    dims: Sequence[int],
+    n_iters: Sequence[int],
+    eps: float,
+    v_first: bool,
+    bound: float | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[list[Tensor], Tensor]:
+    """(outs, state) for many weights of one dtype and device in one call; gains is empty or one a member."""
+    options = (tuple(dims), tuple(n_iters), eps, v_first, bound, out_dtype)
+    *outs, state = SpectralNormListFunction.apply(options, list(us), list(vs), *weights, *gains)
+    return outs, state

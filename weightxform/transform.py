@@ -1,0 +1,72 @@
+"""Transform: a weight computed from a raw tensor. What a room's module implements and ``ComputedParameter`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Transform(nn.Module):
+    """Base class of transforms: ``weight = transform(raw)``.
+
+    A subclass implements :meth:`compute`, and whichever of the others its state needs. It may also be used in
+    ``torch.nn.utils.parametrize.register_parametrization``.
+    """
+
+    groupable: ClassVar[bool] = False  # whether compute_group does better than one compute after another
+
+    def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
+        """Check that the transform fits ``raw`` (and the module that owns it), then create the state.
+
+        Raises ``ValueError`` or ``TypeError`` before anything is changed.
+        """
+
+    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        """The computed weight. ``advance``: take one step of the state (a power iteration); else leave it alone."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compute(raw, advance)")
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return self.compute(raw, self.training)
+
+    def reset(self, raw: Tensor) -> None:
+        """Make the state fit ``raw``, whose value was replaced (an assignment, an init, a checkpoint without state)."""
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """A raw tensor whose computed weight is ``value``, as nearly as the transform allows.
+
+        Raises ``RuntimeError`` where there is none.
+        """
+        raise RuntimeError(f"{type(self).__name__} has no right inverse: assign wx.raw(module, name) instead")
+
+    def state(self) -> tuple[Tensor, ...]:
+        """The tensors, besides raw, that the computed weight depends on. A write to one invalidates the weight."""
+        return (*self.parameters(), *self.buffers())
+
+    def group_key(self, raw: Tensor) -> Hashable:
+        """Members of a group with equal keys are computed in one call; ``None``: this one is computed alone."""
+        return None
+
+    @classmethod
+    def compute_group(
+        cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool]
+    ) -> list[Tensor]:
+        """``[t.compute(r, a) for ...]`` in one call, for members whose :meth:`group_key` is the same."""
+        return [t.compute(r, a) for t, r, a in zip(transforms, raws, advance, strict=True)]
+
+
+def describe(raw: Tensor) -> str:
+    """``float32[64, 3, 3, 3] on cpu``, for error messages."""
+    return f"{str(raw.dtype).removeprefix('torch.')}{list(raw.shape)} on {raw.device}"
+
+
+def require_float(owner: str, argument: str, raw: object) -> None:
+    """Raise ``TypeError`` unless ``raw`` is a real floating-point tensor."""
+    if not isinstance(raw, Tensor):
+        raise TypeError(f"{owner}: {argument} must be a Tensor, got {type(raw).__name__}")
+    if raw.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{owner}: {argument} must be float64, float32, bfloat16 or float16, got {describe(raw)}"
+        )

@@ -1,0 +1,60 @@
+"""Has this tensor been written? Version counters, and the writes that they do not see.
+
+``Tensor._version`` misses the fused optimizers (and any kernel that writes through a raw pointer). Every optimizer's
+``step`` therefore bumps an *epoch* of the parameters it owns; :func:`invalidate` does so by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_epochs: dict[int, int] = {}  # id(tensor) -> writes that no version counter saw; only ids that were watched
+
+
+def watch(tensor: Tensor) -> None:
+    """From now on count the optimizer steps over ``tensor``. A reused id only costs a recomputation."""
+    _epochs.setdefault(id(tensor), 0)
+
+
+def bump(tensors: Iterable[Tensor]) -> None:
+    """Tell every cache and every backward that depends on ``tensors`` that they were written."""
+    for tensor in tensors:
+        key = id(tensor)
+        if key in _epochs:
+            _epochs[key] += 1
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    if _epochs:
+        bump(p for group in optimizer.param_groups for p in group["params"])
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """(version, epoch): equal stamps of one tensor object mean that nobody wrote to it in between."""
+    return (0 if tensor.is_inference() else tensor._version, _epochs.get(id(tensor), 0))
+
+
+class Unchanged:
+    """Holds tensors that a backward pass will read again, and raises if they were written meanwhile."""
+
+    __slots__ = ("stamps", "what")
+
+    def __init__(self, what: str, tensors: Iterable[Tensor]) -> None:
+        self.what = what
+        self.stamps = [(t, stamp(t)) for t in tensors]
+
+    def check(self) -> None:
+        for tensor, before in self.stamps:
+            if stamp(tensor) != before:
+                raise RuntimeError(
+                    f"{self.what}: a tensor of shape {tuple(tensor.shape)} that its backward needs was written between "
+                    f"forward and backward ((version, optimizer steps) {before} then, {stamp(tensor)} now). "
+                    "Call backward before the write, or compute the weight again after it."
+                )
