@@ -1,0 +1,159 @@
+"""Every op's cases on this machine against float64: ``python -m weightxform verify``.
+
+A kernel passes where, for each output,
+
+    err(kernel, float64) <= 2 err(reference in the same dtype, float64) + 2 eps(output dtype)
+
+with err the relative error over the whole tensor. Float64 itself has no oracle in twice its precision: there the
+yardstick is the reference's error in float32, scaled by eps(float64)/eps(float32). Memory that a kernel does not write
+is NaN, its inputs must come back unchanged, and a second run must give the same bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .numerics import relative_error
+from .registry import Op
+
+FACTOR = 2.0  # of the reference's own error
+SLACK = 2.0  # eps of the output's dtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`check_case` found. ``error`` and ``bound`` belong to the output that came nearest to its bound."""
+
+    op: str
+    case: str
+    dtype: str
+    device: str
+    error: float
+    bound: float
+    failure: str | None
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None
+
+    def __str__(self) -> str:
+        where = f"{self.op}-{self.case}, {self.dtype} on {self.device}"
+        return f"{where}: {self.failure or 'ok'} (error {self.error:.2e}, bound {self.bound:.2e})"
+
+
+def make_args(op: Op, case: str, dtype: torch.dtype, device: torch.device | str) -> tuple:
+    """The arguments of one case; the same values every time and on every device."""
+    return op.cases[case](dtype, torch.device(device), torch.Generator().manual_seed(0))
+
+
+def convert(value: Any, convert_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` (an argument list) with every tensor converted."""
+    if isinstance(value, Tensor):
+        return convert_tensor(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(convert(v, convert_tensor) for v in value)
+    return value
+
+
+def oracle(op: Op, args: tuple) -> list[Tensor]:
+    """The outputs in float64, on the CPU: the reference on upcast arguments, output dtypes included."""
+
+    def upcast(tensor: Tensor) -> Tensor:
+        return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
+
+    wide = tuple(torch.float64 if isinstance(a, torch.dtype) else a for a in convert(args, upcast))
+    return flatten(op.reference(*wide))
+
+
+def flatten(outputs: Any) -> list[Tensor]:
+    """The tensors among an op's results or arguments, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, (list, tuple)):
+        return [tensor for part in outputs for tensor in flatten(part)]
+    return []
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN inside: what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            # Only the fill is wanted: what torch says about the determinism of its own ops is not our subject.
+            warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def reference_errors(op: Op, case: str, dtype: torch.dtype) -> list[float]:
+    """The error of the reference in ``dtype``, for each output: the yardstick of the kernels."""
+    measured = torch.float32 if dtype == torch.float64 else dtype
+    args = make_args(op, case, measured, "cpu")
+    errors = list(map(relative_error, flatten(op.reference(*args)), oracle(op, args)))
+    scale = torch.finfo(dtype).eps / torch.finfo(measured).eps
+    return [e * scale for e in errors]
+
+
+def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str, call: Callable[..., Any]) -> Result:
+    """Run ``call`` (``op``, or one of its overloads) on a case and compare it with float64.
+
+    Args:
+        op: an entry of ``weightxform.registry.OPS``.
+        case: a key of ``op.cases``.
+        dtype: of the case's tensors, one of ``op.dtypes``.
+        device: of the case's tensors.
+        call: takes the arguments of the case and returns what the op returns.
+
+    Returns:
+        A :class:`Result`; nothing is raised for a wrong answer.
+    """
+    args = make_args(op, case, dtype, device)
+    before = convert(args, torch.clone)
+    with poisoned():
+        outputs = flatten(call(*args))
+        again = flatten(call(*args))
+    expected = oracle(op, before)
+    allowed = reference_errors(op, case, dtype)
+    like = flatten(op.reference(*make_args(op, case, dtype, "cpu")))
+
+    error, bound, failure = 0.0, float("inf"), None
+    if len(outputs) != len(like):
+        failure = f"{len(outputs)} outputs, expected {len(like)}"
+    else:
+        for i, (out, ref, exact, yardstick) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
+            if (out.shape, out.dtype, out.device.type) != (ref.shape, ref.dtype, torch.device(device).type):
+                failure = failure or f"output {i} is {_kind(out)}, expected {_kind(ref)}"
+                continue
+            e = relative_error(out, exact)
+            b = FACTOR * yardstick + SLACK * torch.finfo(out.dtype).eps
+            if bound == float("inf") or e / b > error / bound:
+                error, bound = e, b
+            if not e <= b:
+                failure = failure or f"output {i}: error {e:.2e} > {b:.2e}"
+        if not all(map(_same, outputs, again)):
+            failure = failure or "two runs differ"
+    if not all(map(_same, flatten(args), flatten(before))):
+        failure = failure or "an input was written"
+    name = str(dtype).removeprefix("torch.")
+    return Result(op.name, case, name, torch.device(device).type, error, bound, failure)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device.type}"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
