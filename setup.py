@@ -193,7 +193,8 @@ CXX = find_cxx()
 CUDA = find_cuda() if CXX else None
 extensions = []
 if CXX:
-    extensions.append(Extension("weightxform._C", ["csrc/module.cpp", *sources("csrc/*/cpu*.cpp")], py_limited_api=True))
+    cpu = ["csrc/module.cpp", *sources("csrc/*/cpu*.cpp")]
+    extensions.append(Extension("weightxform._C", cpu, py_limited_api=True))
 if CUDA and sources("csrc/*/cuda*.cu"):
     extensions.append(Extension("weightxform._cuda", sources("csrc/*/cuda*.cu"), py_limited_api=True))
 
