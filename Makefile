@@ -8,8 +8,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := tools/constraints.txt
 ARGS ?=
 
-export WEIGHTXFORM_WERROR ?= 1
-
 .PHONY: demo test bench wheel lint format verify setup clean
 .DEFAULT_GOAL := setup
 
