@@ -113,8 +113,11 @@ def build_file(files: list[str], out: Path, cxx: list[str], cuda: Path | None) -
     torch = Path(spec.submodule_search_locations[0])
     compiler = shlex.join(cxx)
     build = provenance(cxx, cuda)
+    python = sysconfig.get_paths()["include"]
+    if not Path(python, "Python.h").exists():
+        sys.exit(f"weightxform: no Python.h in {python}: install the headers of this Python (Debian: python3-dev)")
     werror = os.environ.get("WEIGHTXFORM_WERROR") == "1"
-    include = f"-isystem {torch}/include -I{ROOT}/csrc -isystem {sysconfig.get_paths()['include']}"
+    include = f"-isystem {torch}/include -I{ROOT}/csrc -isystem {python}"
     common = f"-O3 -std=c++17 -DTORCH_TARGET_VERSION={TORCH_TARGET} -DPy_LIMITED_API={PYTHON_TARGET} {include}"
     # Hidden: two extensions in one process must not see each other's templates. No -ffast-math and no contraction:
     # results must not depend on the compiler. The prefix maps keep build paths out of the binary.
@@ -143,16 +146,19 @@ def build_file(files: list[str], out: Path, cxx: list[str], cuda: Path | None) -
         rules = [
             "rule nvcc",
             f"  command = {nvcc} -MD -MF $out.d -c $in -o $out",
+            "  description = nvcc $in",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
     rules += [
         "rule cxx",
         f"  command = {compiler} {common} {shlex.join(host)} $define -MD -MF $out.d -c $in -o $out",
+        "  description = c++ $in",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {compiler} $in -o $out {link}",
+        "  description = link $out",
     ]
     objects = []
     for source in files:

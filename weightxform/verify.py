@@ -11,8 +11,13 @@ is NaN, its inputs must come back unchanged, and a second run must give the same
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .numerics import relative_error
-from .registry import Op
+from . import backends
+from .info import columns
+from .numerics import FLOAT_DTYPES, relative_error
+from .registry import OPS, Op
 
 FACTOR = 2.0  # of the reference's own error
 SLACK = 2.0  # eps of the output's dtype
@@ -85,16 +92,16 @@ def flatten(outputs: Any) -> list[Tensor]:
 def poisoned() -> Iterator[None]:
     """Fresh memory is NaN inside: what a kernel leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             # Only the fill is wanted: what torch says about the determinism of its own ops is not our subject.
             warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
             yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
@@ -157,3 +164,103 @@ def _kind(tensor: Tensor) -> str:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def backends_on(op: Op, device: str) -> tuple[str, ...]:
+    """The backends of ``op`` that can run on ``device``. Triton on a CPU is its interpreter."""
+    found = []
+    for name in backends.available(op.name):
+        if device not in backends.DEVICES.get(name, (device,)):
+            continue
+        if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+def verify(ops: Iterable[Op], device: str, backend: str | None, dtypes: Iterable[torch.dtype]) -> list[dict[str, Any]]:
+    """Check every case of ``ops``; one row for each op, backend and dtype. ``backend=None`` checks each one."""
+    rows = []
+    for op in ops:
+        for name in backends_on(op, device):
+            if backend not in (None, name):
+                continue
+            for dtype in (d for d in dtypes if d in op.dtypes):
+                with backends.backend(name):
+                    results = [_guarded(op, case, dtype, device) for case in op.cases]
+                rows.append(_row(op, name, results))
+    return rows
+
+
+def _guarded(op: Op, case: str, dtype: torch.dtype, device: str) -> Result:
+    """:func:`check_case`, where a kernel that raises has failed its case."""
+    try:
+        return check_case(op, case, dtype, device, op)
+    except Exception as e:
+        text = str(e).strip().splitlines() or [""]
+        failure = f"raised {type(e).__name__}: {text[0]}"
+        return Result(op.name, case, str(dtype).removeprefix("torch."), device, float("nan"), float("nan"), failure)
+
+
+def _row(op: Op, backend: str, results: list[Result]) -> dict[str, Any]:
+    worst = max(results, key=lambda r: (not r.passed, r.error / r.bound))
+    return {
+        "op": op.name,
+        "backend": backend,
+        "device": worst.device,
+        "dtype": worst.dtype,
+        "cases": len(results),
+        "passed": sum(r.passed for r in results),
+        "worst_case": worst.case,
+        "error": worst.error,
+        "bound": worst.bound,
+        "failures": [str(r) for r in results if not r.passed],
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    table = [["op", "backend", "dtype", "cases", "worst case", "error", "allowed", ""]]
+    for r in rows:
+        passed, error, bound = f"{r['passed']}/{r['cases']}", f"{r['error']:.1e}", f"{r['bound']:.1e}"
+        verdict = "FAILED" if r["failures"] else "ok"
+        table.append([r["op"], r["backend"], r["dtype"], passed, r["worst_case"], error, bound, verdict])
+    print("\n".join(columns(table)))
+
+
+DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--backend", choices=backends.NAMES, help="default: every one that is available")
+    parser.add_argument("--op", default="*", metavar="PATTERN", help="names of ops, such as 'spectral_norm_*'")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; default: all")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: Namespace) -> int:
+    """0: everything passed; 1: something failed; 2: nothing to check with these arguments."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ops = [op for name, op in OPS.items() if fnmatch.fnmatch(name, args.op)]
+    if device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: torch sees no CUDA GPU")
+    if not ops:
+        return _refuse(f"--op {args.op}: no op has such a name; there are {', '.join(OPS)}")
+    rows = verify(ops, device, args.backend, [DTYPES[d] for d in args.dtype or DTYPES])
+    if not rows:
+        there = sorted({name for op in ops for name in backends_on(op, device)})
+        return _refuse(
+            f"--backend {args.backend}: not available for these ops on {device}; there is {', '.join(there)}"
+        )
+    failures = [failure for row in rows for failure in row["failures"]]
+    if args.json:
+        print(json.dumps({"device": device, "passed": not failures, "rows": rows}, indent=2))
+    else:
+        _print_table(rows)
+        print("\n".join(failures) or f"{sum(row['cases'] for row in rows)} cases passed on {device}")
+    return 1 if failures else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"verify: {message}", file=sys.stderr)
+    return 2
