@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch import fake_or_proxy_mode, functorch_active
+from .._torch import fake_or_proxy_mode, functorch_active, in_backward
+from ..checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
 from ..numerics import opmath
 from ..transform import Transform, describe, require_float
-from . import reference
+from . import checkpoint, reference
+from .conv_operator import Geometry, apply_conv
 from .function import apply, apply_list
-from .op import spectral_norm_fwd, state_size
+from .vector import apply_vector
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)  # the layers that autocast casts to half
@@ -33,14 +35,19 @@ class SpectralNorm(Transform):
         bound: ``None`` divides by sigma; a number c > 0 divides by max(1, sigma / c), so that the norm is at most c.
         gain: multiplies the result.
         learn_gain: make ``gain`` a Parameter of the transform.
+        operator: ``"matrix"``: sigma of the reshaped weight, as torch. ``"conv"``: sigma of the convolution that the
+            module computes (its stride, padding, dilation and groups) from inputs of ``input_size``.
+        input_size: the spatial size of the input, one int an axis; for ``operator="conv"`` only.
         cache: ``False`` iterates at every read in training mode, as torch does, not once per value of the weight.
 
-    State: buffers ``u`` [h] and ``v`` [w], unit vectors, float32 for half weights, else of the weight's dtype. A vector
-    (1-D weight) is divided by its norm and has none. A zero weight gives zeros and passes gradients; a weight with NaN
-    or Inf gives a weight that is not finite and leaves the state alone.
+    State: buffers ``u`` [h] and ``v`` [w], unit vectors, float32 for half weights, else of the weight's dtype; they are
+    normalized where they are read without an iteration, so averages of them serve. A vector (1-D weight) is divided by
+    its norm and has none; with ``operator="conv"`` h and w are the elements of one output and of one input. A zero
+    weight gives zeros and passes gradients; a weight with NaN or Inf gives a weight that is not finite and leaves the
+    state alone.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it must be and what it was.
+        ValueError, TypeError, IndexError: naming the argument, what it must be and what it was.
     """
 
     groupable: ClassVar[bool] = True
@@ -56,25 +63,46 @@ class SpectralNorm(Transform):
         bound: float | None = None,
         gain: float = 1.0,
         learn_gain: bool = False,
+        operator: Literal["matrix", "conv"] = "matrix",
+        input_size: Sequence[int] | None = None,
         cache: bool = True,
     ) -> None:
         super().__init__()
-        _require_int("n_power_iterations", n_power_iterations, 0)
-        _require_positive("eps", eps)
+        owner = type(self).__name__
+        require_int(owner, "n_power_iterations", n_power_iterations, 0)
+        require_positive(owner, "eps", eps)
         if dim is not None:
-            _require_int("dim", dim)
-        if order not in ("u_first", "v_first"):
-            raise ValueError(f"SpectralNorm: order must be 'u_first' or 'v_first', got {order!r}")
+            require_int(owner, "dim", dim)
+        require_choice(owner, "order", order, ("u_first", "v_first"))
         if bound is not None:
-            _require_positive("bound", bound)
-        _require_number("gain", gain)
+            require_positive(owner, "bound", bound)
+        require_number(owner, "gain", gain)
+        require_bool(owner, "learn_gain", learn_gain)
+        require_choice(owner, "operator", operator, ("matrix", "conv"))
+        require_bool(owner, "cache", cache)
+        if operator == "conv":
+            if input_size is None:
+                raise ValueError(f"{owner}: operator='conv' needs input_size, the spatial size of the input; got None")
+            if isinstance(input_size, (str, bytes)) or not isinstance(input_size, Sequence):
+                raise TypeError(f"{owner}: input_size must be a sequence of ints, got {input_size!r}")
+            for size in input_size:
+                require_int(owner, "input_size", size, 1)
+            if dim is not None:
+                raise ValueError(f"{owner}: dim has no meaning for operator='conv' and must be None, got {dim}")
+        elif input_size is not None:
+            raise ValueError(f"{owner}: input_size is for operator='conv' only, got {input_size!r}")
         self.n_power_iterations = n_power_iterations
         self.eps = float(eps)
         self.dim = dim
         self.order = order
         self.bound = None if bound is None else float(bound)
-        self.cache = bool(cache)
+        self.operator = operator
+        self.input_size = None if input_size is None else tuple(input_size)
+        self.cache = cache
         self.autocast = False
+        self.geometry: Geometry | None = None
+        self.attached = False
+        self._inverse = "pure"  # under torch's register_parametrization: what the next right_inverse means
         self.fixed_gain = float(gain)
         self.gain = nn.Parameter(torch.tensor(float(gain))) if learn_gain else None
         self.register_buffer("u", None)
@@ -82,25 +110,45 @@ class SpectralNorm(Transform):
 
     def extra_repr(self) -> str:
         parts = [f"n_power_iterations={self.n_power_iterations}", f"dim={self.dim}"]
+        if self.operator == "conv":
+            parts[1:] = ["operator='conv'", f"input_size={self.input_size}"]
         parts += [f"order={self.order!r}"] if self.order != "u_first" else []
         parts += [f"bound={self.bound}"] if self.bound is not None else []
         parts += ["learn_gain=True"] if self.gain is not None else []
         parts += [f"gain={self.fixed_gain}"] if self.gain is None and self.fixed_gain != 1 else []
+        parts += ["cache=False"] if not self.cache else []
         return ", ".join(parts)
 
     # attaching, and the state
 
     def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
+        """Check that the transform fits ``raw``; then draw u and v and make 15 iterations (plus a step if training)."""
+        training = self.training if module is None else module.training
+        self._attach(raw, module, name, _WARM_UP + (self.n_power_iterations if training else 0))
+
+    def _attach(self, raw: Tensor, module: nn.Module | None, name: str, n_iter: int) -> None:
+        if self.attached:
+            raise ValueError("SpectralNorm: this instance serves another weight already; give each weight its own")
         require_float("SpectralNorm", "the weight", raw)
         if raw.ndim == 0:
             raise ValueError(f"SpectralNorm: the weight must have at least one axis, got {describe(raw)}")
-        dim = self.dim if self.dim is not None else int(isinstance(module, _TRANSPOSED))
-        if not -raw.ndim <= dim < raw.ndim:
-            raise IndexError(f"SpectralNorm: dim must be in [{-raw.ndim}, {raw.ndim - 1}] for {describe(raw)}, got {dim}")
-        self.dim = dim % raw.ndim
+        dim = self.dim if self.dim is not None else int(isinstance(module, _TRANSPOSED) and raw.ndim > 1)
+        dim = require_dim("SpectralNorm", dim, raw.ndim, describe(raw))
+        if self.operator == "conv":
+            assert self.input_size is not None
+            self.geometry = Geometry.of(module, name, raw, self.input_size)
+        self.dim = dim
         self.autocast = isinstance(module, _AUTOCAST) and name == "weight"
-        training = self.training if module is None else module.training
-        self._draw(raw, _WARM_UP + (self.n_power_iterations if training else 0))
+        self.attached = True
+        if self.gain is not None and not raw.is_meta:
+            self.gain.data = self.gain.data.to(raw.device, opmath(raw.dtype))
+        u, v = self._buffers["u"], self._buffers["v"]
+        if u is None or v is None or (u.shape[0], v.shape[0]) != self._sizes(raw):  # else they were loaded
+            self._draw(raw, n_iter)
+
+    def _sizes(self, raw: Tensor) -> tuple[int, int]:
+        """Lengths of u and v."""
+        return reference.matrix_shape(raw, self._axis(raw)) if self.geometry is None else self.geometry.lengths(raw)
 
     def _axis(self, raw: Tensor) -> int:
         return 0 if self.dim is None else self.dim % raw.ndim
@@ -111,51 +159,116 @@ class SpectralNorm(Transform):
         if raw.ndim == 1:
             self.u = self.v = None
             return
-        h, w = reference.matrix_shape(raw, self._axis(raw))
-        u, v = (torch.empty(n, dtype=raw.dtype, device=raw.device).normal_() for n in (h, w))
-        dtype = opmath(raw.dtype)
-        self.u, self.v = (reference.unit(x.to(dtype), self.eps) for x in (u, v))
+        u, v = (torch.empty(n, dtype=raw.dtype, device=raw.device).normal_() for n in self._sizes(raw))
+        self._store(*(reference.unit(x.to(opmath(raw.dtype)), self.eps) for x in (u, v)))
         self._settle(raw, n_iter)
+
+    @torch.no_grad()
+    def _store(self, u: Tensor, v: Tensor) -> None:
+        """Write u and v; in place where they fit, since DDP and CUDA graphs hold the buffers."""
+        for name, new in (("u", u), ("v", v)):
+            old = self._buffers[name]
+            if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device):
+                old.copy_(new)
+            else:
+                self._buffers[name] = new
 
     @torch.no_grad()
     def _settle(self, raw: Tensor, n_iter: int) -> None:
         """``n_iter`` iterations from the present u and v."""
         if n_iter and not raw.is_meta and raw.numel():
-            assert self.u is not None and self.v is not None
-            dim, v_first = self._axis(raw), self.order == "v_first"
-            _, state = spectral_norm_fwd(raw, self.u, self.v, None, dim, n_iter, self.eps, v_first, None, None)
-            self._commit(state)
+            u, v = self._vectors(raw)
+            _commit([u, v], self._call(raw, u, v, None, n_iter, None)[1])
 
     def reset(self, raw: Tensor) -> None:
+        """15 iterations on ``raw`` from the present u and v, or from new ones where those are no directions for it."""
         if raw.ndim == 1:
             return
-        shape = reference.matrix_shape(raw, self._axis(raw))
-        if self.u is not None and self.v is not None and (self.u.shape[0], self.v.shape[0]) == shape:
-            norms = self.u.norm(), self.v.norm()
-            if raw.is_meta or all(torch.isfinite(n) and n > 0 for n in norms):
-                self.u, self.v = (x.to(raw.device, opmath(raw.dtype)) for x in (self.u, self.v))
-                self._settle(raw, _WARM_UP)
-                return
-        self._draw(raw, _WARM_UP)
+        u, v = self._buffers["u"], self._buffers["v"]
+        if (
+            u is not None
+            and v is not None
+            and (u.shape[0], v.shape[0]) == self._sizes(raw)
+            and (raw.is_meta or (not u.is_meta and all(1e-3 < x.norm() < 1e3 for x in (u, v))))
+        ):
+            self._store(*(reference.unit(x, self.eps).to(raw.device, opmath(raw.dtype)) for x in (u, v)))
+            self._settle(raw, _WARM_UP)
+        else:
+            self._draw(raw, _WARM_UP)
 
-    def _commit(self, state: Tensor) -> None:
-        """Copy u and v out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
-        assert self.u is not None and self.v is not None
-        h, w = self.u.shape[0], self.v.shape[0]
-        with torch.no_grad():
-            self.u.copy_(state[:h])
-            self.v.copy_(state[h : h + w])
+    def reset_parameters(self) -> None:
+        """Set a learned gain back to its first value."""
+        if self.gain is not None:
+            with torch.no_grad():
+                self.gain.fill_(self.fixed_gain)
+
+    def state(self) -> tuple[Tensor, ...]:
+        tensors = self._buffers["u"], self._buffers["v"], self.gain
+        return tuple(t for t in tensors if t is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
-        before = self.u, self.v
+        before = self._buffers["u"], self._buffers["v"]
+        gain_was_meta = self.gain is not None and self.gain.is_meta
         super()._apply(fn, recurse)
         for name, old in zip(("u", "v"), before, strict=True):
-            new = getattr(self, name)
-            if old is not None and new is not None and new.dtype != opmath(new.dtype):  # .half(): the state stays float32
-                setattr(self, name, old.to(opmath(new.dtype)) if new.device == old.device else new.to(opmath(new.dtype)))
+            new = self._buffers[name]
+            if old is None or new is None:
+                continue
+            dtype = opmath(new.dtype)
+            if old.is_meta and not new.is_meta:  # to_empty: what lies there is no direction, and may be NaN
+                self._buffers[name] = reference.unit(torch.randn_like(new, dtype=dtype), self.eps)
+            elif new.dtype != dtype:  # .half(): the state stays float32, unrounded
+                self._buffers[name] = (new if old.is_meta else old).to(new.device, dtype)
+        if self.gain is not None and gain_was_meta and not self.gain.is_meta:
+            self.reset_parameters()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name in ("u", "v"):
+            loaded, own = state_dict.get(prefix + name), self._buffers[name]
+            if isinstance(loaded, Tensor):
+                dtype = opmath(loaded.dtype) if own is None else own.dtype
+                state_dict[prefix + name] = loaded.to(dtype)
+                if own is None and not self.attached:  # used on its own: the state comes before the weight
+                    self._buffers[name] = torch.empty_like(loaded, dtype=dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def adopt_state_dict(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
+        """Rename torch's keys for a spectrally normalized ``name`` to ours, in place; see :mod:`.checkpoint`."""
+        checkpoint.adopt(state_dict, prefix, name, self._axis)
+
     # computing
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """The weight, for ``torch.nn.utils.parametrize``: iterates in training mode, except in a recomputation."""
+        advance = self.training
+        if not torch.compiler.is_compiling():
+            if not self.attached and _may_write():  # registered on top of another parametrization
+                self._attach(raw, None, "weight", _WARM_UP)
+                self._inverse = "registration"
+            advance = advance and not in_backward()
+        return self.compute(raw, advance)
+
+    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        gain = None if self.gain is None and self.fixed_gain == 1 else self._gain_tensor(raw)
+        if raw.ndim == 1:
+            return apply_vector(raw, gain, self.eps, self.bound, self._out_dtype(raw))
+        u, v = self._vectors(raw)
+        n_iter = self.n_power_iterations if advance else 0
+        if not n_iter:
+            u, v = reference.unit(u, self.eps), reference.unit(v, self.eps)
+        out, state = self._call(raw, u, v, gain, n_iter, self._out_dtype(raw))
+        if n_iter and _may_write():
+            _commit([u, v], state)
+        return out
+
+    def _call(
+        self, raw: Tensor, u: Tensor, v: Tensor, gain: Tensor | None, n_iter: int, out_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        v_first = self.order == "v_first"
+        if self.geometry is not None:
+            return apply_conv(raw, u, v, gain, self.geometry, n_iter, self.eps, v_first, self.bound, out_dtype)
+        return apply(raw, u, v, gain, self._axis(raw), n_iter, self.eps, v_first, self.bound, out_dtype)
 
     def _gain_tensor(self, raw: Tensor) -> Tensor | None:
         if self.gain is not None:
@@ -165,61 +278,64 @@ class SpectralNorm(Transform):
         return torch.full((), self.fixed_gain, dtype=opmath(raw.dtype), device=raw.device)
 
     def _out_dtype(self, raw: Tensor) -> torch.dtype | None:
-        kind = raw.device.type
-        if self.autocast and raw.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
+        if self.autocast and raw.dtype == torch.float32:
+            kind = raw.device.type
+            if torch.is_autocast_enabled(kind):
+                return torch.get_autocast_dtype(kind)
         return None
 
     def _vectors(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        if raw.ndim == 1:
-            dtype = opmath(raw.dtype)
-            return torch.zeros_like(raw, dtype=dtype), torch.ones(1, dtype=dtype, device=raw.device)
-        if self.u is None or self.v is None:
+        u, v = self._buffers["u"], self._buffers["v"]
+        if u is None or v is None:
             raise RuntimeError("SpectralNorm: not attached to a weight yet; use wx.ComputedParameter or attach(weight)")
-        return self.u, self.v
-
-    def _iterations(self, raw: Tensor, advance: bool) -> int:
-        return 1 if raw.ndim == 1 else self.n_power_iterations * advance
-
-    def compute(self, raw: Tensor, advance: bool) -> Tensor:
-        u, v = self._vectors(raw)
-        n_iter = self._iterations(raw, advance)
-        out, state = apply(
-            raw, u, v, self._gain_tensor(raw), self._axis(raw), n_iter, self.eps, self.order == "v_first", self.bound,
-            self._out_dtype(raw),
-        )  # fmt: skip
-        if n_iter and raw.ndim > 1 and _may_write():
-            self._commit(state)
-        return out
+        return u, v
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """``value`` itself, as in torch: reading it back gives value / sigma."""
-        if self.u is None and value.ndim > 1:  # torch's register_parametrization shows the tensor here first
-            self.attach(value)
+        """``value`` itself, as in torch: reading it back gives value / sigma.
+
+        Under ``torch.nn.utils.parametrize``, which has no other call for it, an assignment also makes u and v fit.
+        """
+        if not self.attached:
+            self._attach(value, None, "weight", _WARM_UP)
+            self._inverse = "assignment"
+        elif self._inverse == "registration":
+            self._inverse = "assignment"
+        elif self._inverse == "assignment":
+            self.reset(value)
         return value
 
     def group_key(self, raw: Tensor) -> Hashable:
+        if raw.ndim == 1 or self.geometry is not None:
+            return None
         gain = self.gain is not None or self.fixed_gain != 1
         return raw.dtype, raw.device, self.eps, self.order, self.bound, gain, self._out_dtype(raw)
 
     @classmethod
-    def compute_group(
-        cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]
-    ) -> list[Tensor]:
+    def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
         first = transforms[0]
-        us, vs = zip(*(t._vectors(r) for t, r in zip(transforms, raws, strict=True)), strict=True)
+        us, vs = (list(x) for x in zip(*(t._vectors(r) for t, r in zip(transforms, raws, strict=True)), strict=True))
         gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
         dims = [t._axis(r) for t, r in zip(transforms, raws, strict=True)]
-        n_iters = [t._iterations(r, a) for t, r, a in zip(transforms, raws, advance, strict=True)]
-        outs, state = apply_list(
-            raws, us, vs, gains, dims, n_iters, first.eps, first.order == "v_first", first.bound, first._out_dtype(raws[0])
-        )
+        n_iters = [t.n_power_iterations if a else 0 for t, a in zip(transforms, advance, strict=True)]
+        for i, n_iter in enumerate(n_iters):
+            if not n_iter:
+                us[i], vs[i] = reference.unit(us[i], first.eps), reference.unit(vs[i], first.eps)
+        v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
+        outs, state = apply_list(raws, us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype)
         if any(n_iters) and _may_write():
-            sizes = [state_size(r, d) for r, d in zip(raws, dims, strict=True)]
-            for t, raw, part, n_iter in zip(transforms, raws, state.split(sizes), n_iters, strict=True):
-                if n_iter and raw.ndim > 1:
-                    t._commit(part)
+            sizes = [n for u, v in zip(us, vs, strict=True) for n in (u.shape[0], v.shape[0], 1)]
+            parts = state.split_with_sizes(sizes)
+            moved = [i for i, n_iter in enumerate(n_iters) if n_iter]
+            vectors = [x for i in moved for x in (us[i], vs[i])]
+            torch._foreach_copy_(vectors, [x for i in moved for x in parts[3 * i : 3 * i + 2]])
         return outs
+
+
+def _commit(vectors: Sequence[Tensor], state: Tensor) -> None:
+    """Copy each (u, v, ...) out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
+    u, v = vectors
+    parts = state.split_with_sizes([u.shape[0], v.shape[0], 1])
+    torch._foreach_copy_(vectors, parts[:2])
 
 
 def _may_write() -> bool:
@@ -227,36 +343,37 @@ def _may_write() -> bool:
     return torch.compiler.is_compiling() or not (functorch_active() or fake_or_proxy_mode())
 
 
-def _require_int(name: str, value: object, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"SpectralNorm: {name} must be an int, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"SpectralNorm: {name} must be at least {least}, got {value}")
-
-
-def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"SpectralNorm: {name} must be a number, got {value!r}")
-    if not -float("inf") < value < float("inf"):
-        raise ValueError(f"SpectralNorm: {name} must be finite, got {value}")
-
-
-def _require_positive(name: str, value: object) -> None:
-    _require_number(name, value)
-    if not value > 0:  # type: ignore[operator]
-        raise ValueError(f"SpectralNorm: {name} must be positive, got {value}")
-
-
 def spectral_norm(
     module: nn.Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
 ) -> nn.Module:
-    """Drop-in for ``torch.nn.utils.parametrizations.spectral_norm``: same arguments, iterates and errors."""
+    """Drop-in for ``torch.nn.utils.parametrizations.spectral_norm``: same arguments, iterates and errors.
+
+    Args:
+        module: the owner of the weight; it is changed in place.
+        name: of a Parameter of ``module``.
+        n_power_iterations, eps, dim: as in :class:`SpectralNorm`; at least one iteration.
+
+    Returns:
+        ``module``. ``module.weight`` now reads weight / sigma; the raw tensor keeps its name in ``state_dict``.
+
+    Unlike torch's, power iteration runs once per value of the raw weight and not once per read
+    (``wx.SpectralNorm(cache=False)`` does that), complex weights are refused, and so are buffers.
+
+    Raises:
+        ValueError: no Parameter of that name, or ``n_power_iterations`` below 1.
+        IndexError: ``dim`` is no axis of the weight.
+        TypeError: an argument of the wrong type, or a weight that is not real floating point.
+    """
     from ..computed import ComputedParameter
 
-    raw = getattr(module, name, None)
-    if not isinstance(raw, Tensor):
-        raise ValueError(f"Module '{module}' has no parameter or buffer with name '{name}'")
-    if n_power_iterations <= 0:
-        raise ValueError(f"spectral_norm: n_power_iterations must be positive, got {n_power_iterations}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"spectral_norm: module must be an nn.Module, got {type(module).__name__}")
+    if not isinstance(name, str):
+        raise TypeError(f"spectral_norm: name must be a str, got {name!r}")
+    raw = module._parameters.get(name)
+    if raw is None:
+        there = [n for n, p in module._parameters.items() if p is not None]
+        raise ValueError(f"spectral_norm: name must be that of a Parameter of {module} ({there}), got {name!r}")
+    require_int("spectral_norm", "n_power_iterations", n_power_iterations, 1)
     setattr(module, name, ComputedParameter(raw, SpectralNorm(n_power_iterations, eps, dim)))
     return module
