@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -9,6 +10,8 @@ def require_int(owner: str, name: str, value: object, least: int | None = None) 
     """Raise ``TypeError`` unless ``value`` is an int (a bool is none), ``ValueError`` if it is below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{owner}: {name} must fit into 64 bits, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
 
@@ -17,7 +20,11 @@ def require_number(owner: str, name: str, value: object) -> None:
     """Raise ``TypeError`` unless ``value`` is an int or a float, ``ValueError`` unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not -float("inf") < value < float("inf"):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        finite = False
+    if not finite:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")
 
 

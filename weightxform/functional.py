@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .numerics import opmath
+from .checks import require_choice, require_dim, require_int, require_positive
+from .numerics import FLOAT_DTYPES, opmath
 from .spectral_norm import function as _sn
 from .spectral_norm.reference import matrix_shape
 from .transform import describe, require_float
@@ -48,23 +49,24 @@ def spectral_norm(
     require_float("spectral_norm", "weight", weight)
     if weight.ndim == 0:
         raise ValueError(f"spectral_norm: weight must have at least one axis, got {describe(weight)}")
-    if not -weight.ndim <= dim < weight.ndim:
-        raise IndexError(f"spectral_norm: dim must be in [{-weight.ndim}, {weight.ndim - 1}], got {dim}")
-    dim %= weight.ndim
+    dim = require_dim("spectral_norm", dim, weight.ndim, describe(weight))
     state_dtype = opmath(weight.dtype)
     for name, vector, size in zip("uv", (u, v), matrix_shape(weight, dim), strict=True):
         require_float("spectral_norm", name, vector)
         if vector.shape != (size,) or vector.dtype != state_dtype or vector.device != weight.device:
             expected = f"{str(state_dtype).removeprefix('torch.')}[{size}] on {weight.device}"
             raise ValueError(f"spectral_norm: {name} must be {expected}, got {describe(vector)}")
-    if n_power_iterations < 0:
-        raise ValueError(f"spectral_norm: n_power_iterations must be at least 0, got {n_power_iterations}")
-    if not eps > 0:
-        raise ValueError(f"spectral_norm: eps must be positive, got {eps}")
-    if order not in ("u_first", "v_first"):
-        raise ValueError(f"spectral_norm: order must be 'u_first' or 'v_first', got {order!r}")
-    if bound is not None and not bound > 0:
-        raise ValueError(f"spectral_norm: bound must be positive, got {bound}")
+    require_int("spectral_norm", "n_power_iterations", n_power_iterations, 0)
+    require_positive("spectral_norm", "eps", eps)
+    require_choice("spectral_norm", "order", order, ("u_first", "v_first"))
+    if bound is not None:
+        require_positive("spectral_norm", "bound", bound)
+    if gain is not None:
+        require_float("spectral_norm", "gain", gain)
+        if gain.ndim != 0 or gain.device != weight.device:
+            raise ValueError(f"spectral_norm: gain must be 0-dim on {weight.device}, got {describe(gain)}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"spectral_norm: dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")
     out, state = _sn.apply(weight, u, v, gain, dim, n_power_iterations, eps, order == "v_first", bound, dtype)
     new_u, new_v, sigma = state.split([u.shape[0], v.shape[0], 1])
     return out, new_u, new_v, sigma.reshape(())

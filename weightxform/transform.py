@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .numerics import FLOAT_DTYPES
+
 
 class Transform(nn.Module):
     """Base class of transforms: ``weight = transform(raw)``.
@@ -66,7 +68,7 @@ def require_float(owner: str, argument: str, raw: object) -> None:
     """Raise ``TypeError`` unless ``raw`` is a real floating-point tensor."""
     if not isinstance(raw, Tensor):
         raise TypeError(f"{owner}: {argument} must be a Tensor, got {type(raw).__name__}")
-    if raw.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{owner}: {argument} must be float64, float32, bfloat16 or float16, got {describe(raw)}"
-        )
+    if raw.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{owner}: {argument} must be float64, float32, bfloat16 or float16, got {describe(raw)}")
+    if raw.layout != torch.strided:
+        raise TypeError(f"{owner}: {argument} must be dense (strided), got {raw.layout}")
