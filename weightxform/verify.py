@@ -4,9 +4,9 @@ A kernel passes where, for each output,
 
     err(kernel, float64) <= 2 err(reference in the same dtype, float64) + 2 eps(output dtype)
 
-with err the relative error over the whole tensor. Float64 itself has no oracle in twice its precision: there the
-yardstick is the reference's error in float32, scaled by eps(float64)/eps(float32). Memory that a kernel does not write
-is NaN, its inputs must come back unchanged, and a second run must give the same bits.
+with err the relative error over the whole tensor. Float64 has no oracle in twice its precision: the reference's error is
+taken to be that in float32 times eps(float64)/eps(float32), and counts once more because the oracle has it too. Memory
+that a kernel does not write is NaN, its inputs must come back unchanged, and a second run must give the same bits.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def reference_errors(op: Op, case: str, dtype: torch.dtype) -> list[float]:
-    """The error of the reference in ``dtype``, for each output: the yardstick of the kernels."""
+def allowed_errors(op: Op, case: str, dtype: torch.dtype) -> list[float]:
+    """For each output, twice the error of the reference in ``dtype``; for float64 three times (see above)."""
     measured = torch.float32 if dtype == torch.float64 else dtype
     args = make_args(op, case, measured, "cpu")
     errors = list(map(relative_error, flatten(op.reference(*args)), oracle(op, args)))
-    scale = torch.finfo(dtype).eps / torch.finfo(measured).eps
-    return [e * scale for e in errors]
+    factor = FACTOR if measured == dtype else (FACTOR + 1) * torch.finfo(dtype).eps / torch.finfo(measured).eps
+    return [factor * e for e in errors]
 
 
 def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str, call: Callable[..., Any]) -> Result:
@@ -133,19 +133,19 @@ def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str
         outputs = flatten(call(*args))
         again = flatten(call(*args))
     expected = oracle(op, before)
-    allowed = reference_errors(op, case, dtype)
+    allowed = allowed_errors(op, case, dtype)
     like = flatten(op.reference(*make_args(op, case, dtype, "cpu")))
 
     error, bound, failure = 0.0, float("inf"), None
     if len(outputs) != len(like):
         failure = f"{len(outputs)} outputs, expected {len(like)}"
     else:
-        for i, (out, ref, exact, yardstick) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
+        for i, (out, ref, exact, share) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
             if (out.shape, out.dtype, out.device.type) != (ref.shape, ref.dtype, torch.device(device).type):
                 failure = failure or f"output {i} is {_kind(out)}, expected {_kind(ref)}"
                 continue
             e = relative_error(out, exact)
-            b = FACTOR * yardstick + SLACK * torch.finfo(out.dtype).eps
+            b = share + SLACK * torch.finfo(out.dtype).eps
             if bound == float("inf") or e / b > error / bound:
                 error, bound = e, b
             if not e <= b:
@@ -240,6 +240,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """0: everything passed; 1: something failed; 2: nothing to check with these arguments."""
+    os.environ.setdefault("WEIGHTXFORM_POISON", "1")  # outputs that torch's own fill does not reach
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ops = [op for name, op in OPS.items() if fnmatch.fnmatch(name, args.op)]
     if device == "cuda" and not torch.cuda.is_available():
