@@ -19,8 +19,7 @@ inline ScalarType opmath(ScalarType t) {
 }
 
 inline bool is_float(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half ||
-         t == ScalarType::BFloat16;
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
 
 }  // namespace wx

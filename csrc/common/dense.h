@@ -11,9 +11,9 @@
 #include "pool.h"
 
 // In libtorch from 2.11 on; the build targets 2.10, where the pool stays unused.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
-    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void*, int64_t, const int64_t*, const int64_t*, int64_t,
+                                                                int32_t, int32_t, int32_t, AtenTensorHandle*, int32_t,
+                                                                const uint8_t*, int64_t, void (*)(void*, void*), void*);
 
 namespace wx {
 
@@ -25,9 +25,8 @@ inline Dims to_dims(torch::headeronly::IntHeaderOnlyArrayRef a) { return {a.begi
 inline Dims memory_order(const Dims& sizes, const Dims& strides) {
   Dims order(sizes.size());
   for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<int64_t>(i);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-    return sizes[i] != 1 && sizes[j] != 1 && strides[i] > strides[j];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t i, int64_t j) { return sizes[i] != 1 && sizes[j] != 1 && strides[i] > strides[j]; });
   return order;
 }
 
@@ -45,9 +44,7 @@ inline bool is_dense(const Dims& sizes, const Dims& strides) {
   return true;
 }
 
-inline int64_t itemsize(ScalarType t) {
-  return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2;
-}
+inline int64_t itemsize(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
 
 // An uninitialised CPU tensor. Large ones come from the pool. WEIGHTXFORM_POISON=1 fills it with NaN (for tests).
 inline Tensor allocate(const Dims& sizes, const Dims& strides, ScalarType dtype) {
@@ -65,11 +62,10 @@ inline Tensor allocate(const Dims& sizes, const Dims& strides, ScalarType dtype)
   void* data = torch_from_blob ? Pool::instance().take(bytes) : nullptr;
   if (data) {
     auto free = [](void* p, void*) { Pool::instance().give(p); };
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, ndim, sizes.data(), strides.data(), 0, type, cpu, -1,
-                                                  &handle, 0, nullptr, 0, free, nullptr));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, ndim, sizes.data(), strides.data(), 0, type, cpu, -1, &handle,
+                                                  0, nullptr, 0, free, nullptr));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type, cpu, -1, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), type, cpu, -1, &handle));
   }
   Tensor out(handle);
   if (poison) std::memset(out.data_ptr(), 0xFF, bytes);
@@ -87,9 +83,11 @@ inline Tensor with_strides(const Tensor& t, const Dims& strides, ScalarType dtyp
   return copy;
 }
 
+inline Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // `t` itself where it is dense, else a dense copy with the layout that empty_like gives.
 inline Tensor dense(const Tensor& t) {
-  if (is_dense(to_dims(t.sizes()), to_dims(t.strides()))) return t;
+  if (t.is_contiguous() || is_dense(to_dims(t.sizes()), to_dims(t.strides()))) return t;
   Tensor copy = torch::stable::empty_like(t);
   torch::stable::copy_(copy, t);
   return copy;

@@ -16,20 +16,20 @@ namespace wx {
 
 class Pool {
  public:
-  static constexpr size_t kSmallest = size_t{1} << 20;  // below, malloc reuses memory well
+  static constexpr size_t kSmallest = size_t{128} << 10;  // below, malloc reuses memory well
 
   static Pool& instance() {
     static Pool* pool = new Pool;  // never destroyed: tensors may outlive the static destructors
     return *pool;
   }
 
-  // A block of at least `bytes`, 64-byte aligned, or nullptr (then use torch's allocator).
+  // A block of at least `bytes`, aligned to 64 KiB, or nullptr (then use torch's allocator).
   void* take(size_t bytes) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);  // a fork may have left it locked
     if (!lock || bytes < kSmallest || !enabled_) return nullptr;
     size_t best = free_.size();
     for (size_t i = 0; i < free_.size(); i++)
-      if (free_[i]->size >= bytes && free_[i]->size <= bytes + bytes / 4 &&
+      if (free_[i]->size >= bytes && free_[i]->size <= bytes + bytes / 4 + granule(bytes) &&
           (best == free_.size() || free_[i]->size < free_[best]->size))
         best = i;
     Header* block;
@@ -42,11 +42,11 @@ class Pool {
     }
     live_bytes_ += block->size;
     if (live_bytes_ > peak_bytes_) peak_bytes_ = live_bytes_;
-    return reinterpret_cast<char*>(block) + kHeader;
+    return block + 1;
   }
 
   void give(void* data) {
-    auto* block = reinterpret_cast<Header*>(static_cast<char*>(data) - kHeader);
+    auto* block = static_cast<Header*>(data) - 1;
     std::lock_guard<std::mutex> lock(mutex_);
     live_bytes_ -= block->size;
     free_.push_back(block);
@@ -62,13 +62,13 @@ class Pool {
   }
 
  private:
-  struct Header {
+  struct Header {   // right before the data
     size_t size;    // usable bytes
     size_t mapped;  // bytes to unmap
     void* base;
   };
-  static constexpr size_t kHeader = 64;
   static constexpr size_t kHugePage = size_t{2} << 20;
+  static constexpr size_t granule(size_t bytes) { return bytes >= kHugePage ? kHugePage : size_t{64} << 10; }
 
   Pool() {
     const char* off = std::getenv("WEIGHTXFORM_POOL");
@@ -76,15 +76,15 @@ class Pool {
   }
 
   static Header* map(size_t bytes) {
-    size_t mapped = (bytes + kHeader + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
+    const size_t unit = granule(bytes), size = (bytes + unit - 1) / unit * unit, mapped = size + unit;
     void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return nullptr;
-    auto start = (reinterpret_cast<uintptr_t>(base) + kHugePage - 1) / kHugePage * kHugePage;
+    const auto start = (reinterpret_cast<uintptr_t>(base) / unit + 1) * unit;
 #ifdef MADV_HUGEPAGE
-    madvise(reinterpret_cast<void*>(start), mapped - kHugePage, MADV_HUGEPAGE);
+    if (unit == kHugePage) madvise(reinterpret_cast<void*>(start), size, MADV_HUGEPAGE);
 #endif
-    auto* block = reinterpret_cast<Header*>(start);
-    *block = {mapped - kHugePage - kHeader, mapped, base};
+    auto* block = reinterpret_cast<Header*>(start) - 1;
+    *block = {size, mapped, base};
     return block;
   }
 

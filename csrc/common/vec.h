@@ -43,13 +43,15 @@ template <class C>
 WX_INLINE void store(C* p, const Vec<C>& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-template <class C>
-WX_INLINE C lane_sum(const Vec<C>& v) {
-  C s[kLanes<C>];
-  __builtin_memcpy(s, &v, sizeof v);
-  for (int64_t half = kLanes<C> / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
+WX_INLINE float lane_sum(const Vec<float>& v) {
+  const auto a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+WX_INLINE double lane_sum(const Vec<double>& v) {
+  const auto a = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 // Conversions, bit by bit, so that they vectorise without F16C or AVX-512 BF16. Round to nearest even; NaN stays NaN.
@@ -111,7 +113,7 @@ WX_INLINE C dot(const C* a, const C* b, int64_t n) {
     load<C>(y, b + j);
     s[0] += x * y;
   }
-  C t = lane_sum<C>((s[0] + s[1]) + (s[2] + s[3]));
+  C t = lane_sum((s[0] + s[1]) + (s[2] + s[3]));
   for (; j < n; j++) t += a[j] * b[j];
   return t;
 }
@@ -131,7 +133,7 @@ WX_INLINE void dot4(const C* const* rows, const C* x, int64_t n, C* t) {
     }
   }
   for (int k = 0; k < 4; k++) {
-    t[k] = lane_sum<C>(s[k] + r[k]);
+    t[k] = lane_sum(s[k] + r[k]);
     for (int64_t i = j; i < n; i++) t[k] += rows[k][i] * x[i];
   }
 }

@@ -7,14 +7,14 @@
 
 namespace wx::sn {
 
-constexpr int64_t kBlockBytes = 128 << 10;  // of the weight, at the least
+constexpr int64_t kBlockBytes = 256 << 10;  // of the weight, at the least
 constexpr int64_t kMaxBlocks = 64;          // per weight: bounds the partial sums
 
-// Where the matrix of a weight lies in memory.
+// A weight is a stack of slabs [a, m, b] in memory: `a` axes before dim, m = the size of dim, `b` after it.
 struct Layout {
-  int64_t a = 1, m = 1, b = 1;  // slabs, rows, row length
-  bool swapped = false;         // stored as the transposed matrix: u and v change places
-  std::vector<int64_t> column;  // memory position -> index in v; empty where they are the same
+  int64_t a = 1, m = 1, b = 1;                     // slabs, rows, row length
+  bool swapped = false;                            // stored as the transposed matrix: u and v change places
+  std::vector<int64_t> column;                     // memory position -> index in v; empty where they are the same
   int64_t n, units, unit_rows, blocks, per_block;  // a block is per_block units: rows of n numbers, or slabs of m rows
 
   Layout(const Tensor& weight, int64_t dim) {

@@ -1,6 +1,7 @@
 // The passes of spectral normalization over rows of the weight; reference.py has the maths.
 //
-// A "row" is n numbers side by side. Half types are widened four rows at a time into `wide` [4 n], which stays in cache.
+// A "row" is n numbers side by side. Half types are widened four rows at a time into `wide` [4 n], which stays in
+// cache.
 #pragma once
 #include <cstddef>
 
@@ -104,28 +105,27 @@ WX_INLINE void update_body(const G* g, const C* v, T* dw, int64_t n, C p, C q, b
   for (; j < n; j++) narrow(p * static_cast<C>(widen(g[j])) + q * v[j], dw[j]);
 }
 
-#define WX_ROWS(T)                                                                                         \
-  WX_CLONES void rows_dot(const T* w, int64_t rows, int64_t n, const Compute<T>* x, Compute<T>* t,         \
-                          Compute<T>* wide) {                                                              \
-    pass<T, true, false>(w, rows, n, x, t, nullptr, nullptr, wide);                                        \
-  }                                                                                                        \
-  WX_CLONES void rows_axpy(const T* w, int64_t rows, int64_t n, const Compute<T>* y, Compute<T>* z,        \
-                           Compute<T>* wide) {                                                             \
-    pass<T, false, true>(w, rows, n, nullptr, nullptr, y, z, wide);                                        \
-  }                                                                                                        \
-  WX_CLONES void rows_both(const T* w, int64_t rows, int64_t n, const Compute<T>* x, Compute<T>* t,        \
-                           Compute<T>* z, Compute<T>* wide) {                                              \
-    pass<T, true, true>(w, rows, n, x, t, nullptr, z, wide);                                               \
+#define WX_ROWS(T)                                                                                                     \
+  WX_CLONES void rows_dot(const T* w, int64_t rows, int64_t n, const Compute<T>* x, Compute<T>* t, Compute<T>* wide) { \
+    pass<T, true, false>(w, rows, n, x, t, nullptr, nullptr, wide);                                                    \
+  }                                                                                                                    \
+  WX_CLONES void rows_axpy(const T* w, int64_t rows, int64_t n, const Compute<T>* y, Compute<T>* z,                    \
+                           Compute<T>* wide) {                                                                         \
+    pass<T, false, true>(w, rows, n, nullptr, nullptr, y, z, wide);                                                    \
+  }                                                                                                                    \
+  WX_CLONES void rows_both(const T* w, int64_t rows, int64_t n, const Compute<T>* x, Compute<T>* t, Compute<T>* z,     \
+                           Compute<T>* wide) {                                                                         \
+    pass<T, true, true>(w, rows, n, x, t, nullptr, z, wide);                                                           \
   }
-#define WX_SCALE(T, O)                                                                             \
-  WX_CLONES void scale(const T* w, O* out, int64_t n, Compute<T> s, bool past_cache) {             \
-    scale_body<T, O>(w, out, n, s, past_cache);                                                    \
+#define WX_SCALE(T, O)                                                                 \
+  WX_CLONES void scale(const T* w, O* out, int64_t n, Compute<T> s, bool past_cache) { \
+    scale_body<T, O>(w, out, n, s, past_cache);                                        \
   }
-#define WX_BACKWARD(G, T)                                                                          \
-  WX_CLONES double inner(const G* g, const T* w, int64_t n) { return inner_body<G, T>(g, w, n); }  \
-  WX_CLONES void update(const G* g, const Compute<T>* v, T* dw, int64_t n, Compute<T> p,           \
-                        Compute<T> q, bool past_cache) {                                           \
-    update_body<G, T>(g, v, dw, n, p, q, past_cache);                                              \
+#define WX_BACKWARD(G, T)                                                                              \
+  WX_CLONES double inner(const G* g, const T* w, int64_t n) { return inner_body<G, T>(g, w, n); }      \
+  WX_CLONES void update(const G* g, const Compute<T>* v, T* dw, int64_t n, Compute<T> p, Compute<T> q, \
+                        bool past_cache) {                                                             \
+    update_body<G, T>(g, v, dw, n, p, q, past_cache);                                                  \
   }
 
 WX_ROWS(float)
