@@ -4,6 +4,7 @@ from . import functional
 from ._load import load_kernels
 from ._version import __version__
 from .backends import backend, force_from_environment
+from .computed import ComputedParameter, assign, bake, invalidate, is_computed, raw, refresh, tie
 from .info import info
 from .spectral_norm import SpectralNorm, spectral_norm, torch_state_dict
 from .transform import Transform
@@ -12,12 +13,20 @@ load_kernels()
 force_from_environment()
 
 __all__ = [
+    "ComputedParameter",
     "SpectralNorm",
     "Transform",
     "__version__",
+    "assign",
     "backend",
+    "bake",
     "functional",
     "info",
+    "invalidate",
+    "is_computed",
+    "raw",
+    "refresh",
     "spectral_norm",
+    "tie",
     "torch_state_dict",
 ]

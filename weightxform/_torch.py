@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import torch
 from torch._C import _TorchDispatchModeKey as _Mode
+from torch.autograd import forward_ad as _forward_ad
 
 
 def functorch_active() -> bool:
@@ -29,3 +33,41 @@ def in_backward() -> bool:
 
 def capturing_cuda_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def special_mode() -> bool:
+    """Under ``torch.func``, forward-mode AD, fake tensors or ``make_fx``: a weight computed now is not one to keep."""
+    return functorch_active() or _forward_ad._current_level >= 0 or fake_or_proxy_mode()
+
+
+def freezing_trace() -> bool:
+    """Under ``torch.jit.trace`` or ``torch.fx.symbolic_trace``, which would keep a weight as a constant."""
+    return torch._C._is_tracing() or fx_tracing()
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Inside ``torch.autograd.graph.saved_tensors_hooks`` (non-reentrant checkpoint, ``save_on_cpu``, ...)?"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Asked of every raw tensor that is read: without importing ``torch.distributed.tensor``, which is slow."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def loading_strictly() -> bool:
+    """Whether the ``load_state_dict`` that is running was called with ``strict=True``.
+
+    Torch hands ``True`` to every module and applies ``strict`` to what they report, so only its frame knows.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals["strict"])
+        frame = frame.f_back
+    return True

@@ -19,6 +19,9 @@ class Transform(nn.Module):
     """
 
     groupable: ClassVar[bool] = False  # whether compute_group does better than one compute after another
+    keeps_graph: ClassVar[bool] = False  # many backward passes through one computed weight: a Function with state on ctx
+    tensor_parallel: ClassVar[bool] = False  # whether compute takes a DTensor
+    cache = True  # False: compute at every read, and in training mode advance at every read
 
     def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
         """Check that the transform fits ``raw`` (and the module that owns it), then create the state.

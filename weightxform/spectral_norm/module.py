@@ -51,6 +51,7 @@ class SpectralNorm(Transform):
     """
 
     groupable: ClassVar[bool] = True
+    keeps_graph: ClassVar[bool] = True
     u: Tensor | None
     v: Tensor | None
 
