@@ -1,0 +1,110 @@
+"""The result on a terminal: a block for each case as it is done, then one line a case, then the verdicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .summary import MIB, Verdict, main_row
+
+MS = 1e-3  # from the microseconds of the result
+
+
+def _table(title: str, columns: list[str], left: int = 1) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
+    return table
+
+
+def _ms(timing: dict[str, Any] | None, key: str = "median_us") -> str:
+    return "" if timing is None else f"{timing[key] * MS:.3f}" if timing[key] < 1e4 else f"{timing[key] * MS:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _mib(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / MIB:.2f}" if nbytes < 100 * MIB else f"{nbytes / MIB:.0f}"
+
+
+def header(console: Console, machine: dict[str, Any]) -> None:
+    m = machine
+    console.print(
+        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, device {m['device']}, load {m['load']:.1f}\n"
+        f"weightxform {m['weightxform']} ({m['commit'] or 'no commit'}), torch {m['torch']}, Python {m['python']}, "
+        f"{m['date']}",
+        highlight=False,
+    )
+    if m["environment"]:
+        console.print(" ".join(f"{k}={v}" for k, v in m["environment"].items()), highlight=False)
+
+
+def show_case(console: Console, case: dict[str, Any]) -> None:
+    aa = "" if case["aa"] is None else f", A/A {case['aa']:.2f}"
+    title = (
+        f"{case['name']}: {case['weights']} weight{'s' * (case['weights'] > 1)}, {_mib(case['bytes'])} MiB, "
+        f"copy {case['copy_gb_s']:.1f} GB/s{aa}, {case['rounds']} rounds"
+    )
+    columns = ["", "kernel", "fwd ms", "fwd+bwd ms", "least", "vs torch", "vs compile", "x floor", "peak MiB", "ops"]
+    table = _table(title, columns, left=2)
+    for row in case["variants"]:
+        if row["status"] != "ok":
+            table.add_row(row["name"], row["backend"], "", f"[yellow]{row['status']}[/]", *[""] * 6)
+            continue
+        both, ops = row["fwd_bwd"], row.get("ops")
+        ratios = (_times(both[k]) for k in ("vs_eager", "vs_compiled", "x_floor"))
+        memory = _mib(row.get("peak_bytes")), "" if ops is None else str(ops)
+        table.add_row(row["name"], row["backend"], _ms(row["fwd"]), _ms(both), _ms(both, "min_us"), *ratios, *memory)
+        if "graph" in row and isinstance(row["graph"], dict):
+            table.add_row(
+                f"  {row['name']}, CUDA graph", "", "", _ms(row["graph"]), _ms(row["graph"], "min_us"), *[""] * 5
+            )
+    console.print(table)
+    for row in case["variants"]:
+        if row["status"] != "ok":
+            console.print(f"  {row['name']} {row['status']}: {row['reason']}", highlight=False, style="yellow")
+    if "step" in case:
+        costs = ", ".join(f"{name} {cost:+.1%}" for name, cost in case["step"]["cost"].items())
+        plain = _ms(case["step"]["times"]["plain"])
+        console.print(f"  the constraint adds to a training step of {plain} ms: {costs}", highlight=False)
+
+
+def show_overview(console: Console, cases: list[dict[str, Any]]) -> None:
+    tuned = any("tuned" in c for c in cases)
+    columns = ["forward + backward", "MiB", "ms", "vs torch", "vs compile", "x floor"]
+    columns += ["vs torch*", "vs compile*"] * tuned
+    costs = any("step" in c for c in cases)
+    columns += ["cost", "torch", "compile"] * costs
+    table = _table("Ours, public API, against torch and the fastest correct torch.compile", [*columns, "A/A"])
+    for case in cases:
+        both = main_row(case)["fwd_bwd"]
+        cells = [
+            case["name"],
+            _mib(case["bytes"]),
+            _ms(both),
+            *(_times(both[k]) for k in ("vs_eager", "vs_compiled", "x_floor")),
+        ]
+        if tuned:
+            again = main_row(case["tuned"])["fwd_bwd"] if "tuned" in case else {}
+            cells += [_times(again.get(k)) for k in ("vs_eager", "vs_compiled")]
+        if costs:
+            cost = case.get("step", {}).get("cost", {})
+            cells += [f"{cost[k]:+.0%}" if k in cost else "" for k in ("ours", "eager", "compiled")]
+        table.add_row(*cells, "" if case["aa"] is None else f"{case['aa']:.2f}")
+    console.print(table)
+    notes = ["A/A: the same code timed against itself; ratios nearer to 1 than that mean nothing."]
+    notes += ["*: every contender in a process whose allocator keeps freed memory."] * tuned
+    notes += ["cost: what the constraint adds to a training step, ours, torch and compile."] * costs
+    console.print("\n".join(notes), highlight=False)
+
+
+def show_verdicts(console: Console, found: list[Verdict]) -> None:
+    console.print()
+    for verdict in found:
+        style = "dim" if verdict.met is None else "green" if verdict.met else "bold red"
+        console.print(str(verdict), style=style, highlight=False)

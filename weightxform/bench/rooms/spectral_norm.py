@@ -1,0 +1,186 @@
+"""Spectral normalization: single weights, lists of layers, and the ways to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import weightxform as wx
+
+from ... import backends
+from ...registry import OPS
+from ...spectral_norm import reference
+from .. import models
+from ..case import Case, Problem, Room, Variant, layers
+
+EPS = 1e-12
+OPTIONS = 0, 1, EPS, False, None, None  # dim, n_iter, eps, v_first, bound, out_dtype
+
+
+def _single(h: int, w: int, quick: bool = False) -> Case:
+    return Case(f"linear-{h}x{w}", "single", partial(models.linear, h, w), quick=quick)
+
+
+SIZES = 256, 512, 1024, 2048, 4096, 8192
+CASES = (
+    *(_single(n, n, quick=n in (512, 2048)) for n in SIZES),
+    *(_single(n, n // 4) for n in SIZES),
+    Case("mlp-64x64x64", "list", models.mlp, (256, 64), quick=True),
+    Case("sngan-discriminator", "list", models.sngan_discriminator, (32, 3, 32, 32)),
+    Case("resnet-18", "list", models.resnet18, (8, 3, 64, 64), quick=True),
+    Case("resnet-50", "list", models.resnet50, (8, 3, 64, 64)),
+    Case("biggan-discriminator", "list", models.biggan_discriminator, (2, 3, 128, 128)),
+    Case("transformer-12", "list", models.transformer, (1, 128, 768)),
+)
+
+
+def initial_state(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+    """Random unit (u, v): not converged, so that a wrong derivative shows."""
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    state = []
+    for weight in problem.weights:
+        u, v = (torch.randn(n, generator=generator) for n in reference.matrix_shape(weight, 0))
+        state.append((reference.unit(u, EPS).to(problem.device), reference.unit(v, EPS).to(problem.device)))
+    return state
+
+
+def oracle(problem: Problem, steps: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    outs, grads = [], []
+    for weight, (u, v), dout in zip(problem.weights, initial_state(problem), problem.douts, strict=True):
+        weight = weight.to(dtype)
+        u, v = reference.iterate(weight.flatten(1), u.to(dtype), v.to(dtype), steps - 1, EPS, False)
+        out, state = reference.forward(weight, u, v, None, *OPTIONS)
+        outs.append(out)
+        grads.append(reference.backward(dout.to(dtype), weight, state, None, 0, None)[0])
+    return outs, grads
+
+
+def floor(problem: Problem) -> tuple[int, int]:
+    fwd, bwd = OPS["spectral_norm_fwd"].bytes_moved, OPS["spectral_norm_bwd"].bytes_moved
+    return sum(fwd(w, None, None, None, *OPTIONS) for w in problem.weights), sum(bwd(w, w) for w in problem.weights)
+
+
+def constrain(model: nn.Module, how: str) -> nn.Module:
+    if how == "ours":
+        wx.constrain(model, wx.SpectralNorm)
+    else:
+        for layer in layers(model):
+            parametrizations.spectral_norm(layer)
+    return model
+
+
+Built = tuple[Callable[[], Sequence[Tensor]], list[Tensor]]
+
+
+def _read(modules: Iterable[Any]) -> list[Tensor]:
+    return [layer.weight for layer in modules]
+
+
+def ours(problem: Problem, grouped: bool) -> Built:
+    modules: Any = problem.copy_layers()
+    if grouped:
+        wx.constrain(modules, wx.SpectralNorm)
+    else:
+        for layer in modules:
+            layer.weight = wx.ComputedParameter(layer.weight, wx.SpectralNorm())
+    with torch.no_grad():
+        for layer, (u, v) in zip(modules, initial_state(problem), strict=True):
+            transform: Any = next(m for m in layer.modules() if isinstance(m, wx.SpectralNorm))
+            transform.u.copy_(u)
+            transform.v.copy_(v)
+    return partial(_read, modules), [wx.raw(layer, "weight") for layer in modules]
+
+
+def _leaves(problem: Problem) -> list[Tensor]:
+    return [w.clone().requires_grad_() for w in problem.weights]
+
+
+def functional(problem: Problem) -> Built:
+    raws, state = _leaves(problem), initial_state(problem)
+
+    def forward() -> list[Tensor]:
+        outs = []
+        for i, (raw, (u, v)) in enumerate(zip(raws, state, strict=True)):
+            out, u, v, _ = wx.functional.spectral_norm(raw, u, v)
+            outs.append(out)
+            state[i] = u, v
+        return outs
+
+    return forward, raws
+
+
+def eager(problem: Problem) -> Built:
+    modules: Any = problem.copy_layers()
+    for layer, (u, v) in zip(modules, initial_state(problem), strict=True):
+        parametrizations.spectral_norm(layer)
+        layer.parametrizations.weight[0]._u.copy_(u)
+        layer.parametrizations.weight[0]._v.copy_(v)
+    return partial(_read, modules), [layer.parametrizations.weight.original for layer in modules]
+
+
+def compiled_modules(problem: Problem) -> Built:
+    read, raws = eager(problem)
+    return torch.compile(lambda: read(), dynamic=False, fullgraph=True), raws
+
+
+def by_hand(raws: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What somebody who wants it fast would write for the compiler: state in and out, nothing written in place."""
+    outs, us, new_vs = [], [], []
+    for raw, v in zip(raws, vs, strict=True):
+        matrix = raw.flatten(1)
+        with torch.no_grad():
+            u = F.normalize(matrix @ v, dim=0, eps=EPS)
+            v = F.normalize(matrix.T @ u, dim=0, eps=EPS)
+        outs.append(raw / torch.dot(u, matrix @ v))
+        us.append(u)
+        new_vs.append(v)
+    return outs, us, new_vs
+
+
+def compiled_by_hand(problem: Problem, mode: str | None = None) -> Built:
+    raws, vs = _leaves(problem), [v for _, v in initial_state(problem)]
+    step = torch.compile(by_hand, dynamic=False, fullgraph=True, mode=mode)
+
+    def forward() -> list[Tensor]:
+        outs, _, new_vs = step(raws, vs)
+        vs[:] = new_vs if mode is None else [v.clone() for v in new_vs]  # a replay overwrites what the last returned
+        return outs
+
+    return forward, raws
+
+
+def variants(problem: Problem) -> Iterator[Variant]:
+    device = problem.device.type
+    (one, _), (many, _) = (backends.serving(f"spectral_norm_fwd{kind}", device) for kind in ("", "_list"))
+    grouped = problem.case.group == "list"
+    served = many if grouped else one
+    yield Variant("ours", "ours", partial(ours, problem, grouped), served)
+    if grouped:
+        yield Variant("ours, ungrouped", "ours", partial(ours, problem, False), one, main=False)
+    yield Variant("ours, functional", "ours", partial(functional, problem), one, main=False)
+    for other in () if backends.forced else backends.available("spectral_norm_fwd"):
+        if other != served and device in backends.DEVICES.get(other, (device,)):
+            yield Variant(f"ours, {other}", "ours", partial(ours, problem, grouped), other, main=False, forced=other)
+    yield Variant("torch, eager", "eager", partial(eager, problem), "torch")
+    yield Variant("torch.compile, by hand", "compiled", partial(compiled_by_hand, problem), "inductor")
+    yield Variant("torch.compile, modules", "compiled", partial(compiled_modules, problem), "inductor")
+    if device == "cuda":
+        build = partial(compiled_by_hand, problem, "reduce-overhead")
+        yield Variant("torch.compile, by hand, graphs", "compiled", build, "inductor")
+
+
+ROOM = Room(
+    name="spectral_norm",
+    ops=("spectral_norm_fwd", "spectral_norm_bwd", "spectral_norm_fwd_list", "spectral_norm_bwd_list"),
+    cases=CASES,
+    variants=variants,
+    oracle=oracle,
+    floor=floor,
+    constrain=constrain,
+)

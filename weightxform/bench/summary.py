@@ -1,0 +1,74 @@
+"""What the figures come to, against the targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``value`` is ``None`` where no case of the run decides it."""
+
+    what: str
+    target: str
+    value: float | None
+    met: bool | None
+    worst: str = ""
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.what}: not measured (target {self.target})"
+        where = f", {self.worst}" if self.worst else ""
+        return f"{self.what}: {self.value:.2f}x (target {self.target}{where}) {'met' if self.met else 'MISSED'}"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def main_row(case: dict[str, Any], role: str = "ours") -> dict[str, Any]:
+    return next(v for v in case["variants"] if v["role"] == role and v["main"])
+
+
+def _verdict(
+    what: str, cases: list[dict], phase: str, figure: str, target: float, at_most: bool = False, worst: bool = False
+) -> Verdict:
+    found = {c["name"]: value for c in cases if (value := main_row(c)[phase].get(figure)) is not None}
+    text = f"{'<=' if at_most else '>='} {target}"
+    if not found:
+        return Verdict(what, text, None, None)
+    extreme = max(found, key=found.__getitem__) if at_most else min(found, key=found.__getitem__)
+    value = found[extreme] if worst else geometric_mean(found.values())
+    met = value <= target if at_most else value >= target
+    return Verdict(
+        what, text, value, met, f"{'at' if worst else 'worst'} {extreme}" + ("" if worst else f" {found[extreme]:.2f}x")
+    )
+
+
+def verdicts(cases: list[dict[str, Any]]) -> list[Verdict]:
+    """Forward and backward through the public API, against the targets of a CPU with two threads, float32, training."""
+    single = [c for c in cases if c["group"] == "single"]
+    lists = [c for c in cases if c["group"] == "list"]
+    resnets = [c for c in lists if c["name"].startswith("resnet")]
+    large = [c for c in single if c["bytes"] >= 4 * MIB]
+    both = "fwd_bwd"
+    return [
+        _verdict("single weights against torch, geometric mean", single, both, "vs_eager", 4),
+        _verdict("single weights against the best torch.compile, geometric mean", single, both, "vs_compiled", 1.5),
+        _verdict("slowest case against torch", cases, both, "vs_eager", 1, worst=True),
+        _verdict("slowest case against the best torch.compile", cases, both, "vs_compiled", 1, worst=True),
+        _verdict("over a copy's floor, single weights from 4 MiB, worst", large, both, "x_floor", 1.4, True, True),
+        _verdict("over a copy's floor, single weights from 4 MiB, geometric mean", large, both, "x_floor", 1.4, True),
+        _verdict("ResNet lists, grouped, against torch, worst", resnets, both, "vs_eager", 5, worst=True),
+        _verdict("lists, grouped, against torch, geometric mean", lists, both, "vs_eager", 1),
+    ]  # fmt: skip
+
+
+def as_json(found: list[Verdict]) -> list[dict[str, Any]]:
+    return [asdict(v) for v in found]

@@ -1,0 +1,1 @@
+"""One module a pillar; each defines ``PILLAR``."""
