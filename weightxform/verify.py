@@ -4,9 +4,10 @@ A kernel passes where, for each output,
 
     err(kernel, float64) <= 2 err(reference in the same dtype, float64) + 2 eps(output dtype)
 
-with err the relative error over the whole tensor. Float64 has no oracle in twice its precision: the reference's error is
-taken to be that in float32 times eps(float64)/eps(float32), and counts once more because the oracle has it too. Memory
-that a kernel does not write is NaN, its inputs must come back unchanged, and a second run must give the same bits.
+with err the relative error over the whole tensor. Float64 has no oracle in twice its precision: the error of the
+reference is taken to be that in float32 times eps(float64)/eps(float32), and counts once more because the oracle has it
+too. Memory that a kernel does not write is NaN, its inputs must come back unchanged, and a second run must give the same
+bits.
 """
 
 from __future__ import annotations

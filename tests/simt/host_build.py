@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +33,17 @@ def cuda_ops() -> list[str]:
     return found
 
 
+def compiler() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
 def compile_for_host(folder: Path, *flags: str) -> Path:
     """The shared object; made once for each state of the sources, the flags and torch."""
     torch_root = Path(torch.__file__).parent
     sources = sorted(ROOT.glob("csrc/*/cuda*.cu"))
     headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh"), HERE / "simt.h"]
     command = [
-        *(os.environ.get("CXX", "g++").split()),
+        *compiler(),
         *("-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
         *(
             "-Wall",
@@ -65,10 +68,6 @@ def compile_for_host(folder: Path, *flags: str) -> Path:
         subprocess.run([*command, "-o", str(partial)], check=True)
         partial.rename(out)
     return out
-
-
-def compiler_is_there() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++").split()[0]) is not None
 
 
 class HostGPU:

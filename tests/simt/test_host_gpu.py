@@ -1,0 +1,144 @@
+"""The CUDA kernels, and the C++ around them, without a GPU: see host_build.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from host_build import HERE, ORDERS, ROOT, HostGPU, compile_for_host, compiler, cuda_ops
+
+from weightxform.registry import OPS
+from weightxform.spectral_norm import reference
+from weightxform.spectral_norm.op import make_inputs
+from weightxform.verify import check_case, flatten, make_args
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> HostGPU:
+    return HostGPU(compile_for_host(ROOT / "build" / "simt"))
+
+
+@pytest.mark.parametrize("name", cuda_ops())
+def test_every_case_in_every_dtype(gpu, name):
+    gpu.order("random")
+    op = OPS[name]
+    results = [check_case(op, case, dtype, "cpu", gpu[name]) for case in op.cases for dtype in op.dtypes]
+    assert len(results) >= 4
+    assert [str(r) for r in results if not r.passed] == []
+
+
+@pytest.mark.parametrize("name", cuda_ops())
+def test_the_order_of_threads_and_blocks_does_not_change_a_bit(gpu, name):
+    for case in OPS[name].cases:
+        outputs = []
+        for order in ORDERS:
+            gpu.order(order)
+            outputs.append(flatten(gpu[name](*make_args(OPS[name], case, torch.float32, "cpu"))))
+        for other in outputs[1:]:
+            assert all(map(torch.equal, outputs[0], other)), case
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("bound", [None, 0.5])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_weight_without_a_direction_keeps_u_and_v(gpu, value, bound, v_first):
+    weight, u, v = make_inputs((24, 40), 0, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    if value == 0:
+        weight.zero_()
+    else:
+        weight[3, 5] = value
+    args = weight, u, v, None, 0, 2, 1e-12, v_first, bound, None
+    out, state = gpu["spectral_norm_fwd"](*args)
+    assert torch.equal(state[:64], torch.cat([u, v]))
+    if value != 0:
+        assert not state[64].isfinite()
+        assert not out.isfinite().all()
+    else:
+        assert torch.equal(out, weight) and state[64] == 0
+        dout = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(gpu["spectral_norm_bwd"](dout, weight, state, None, 0, bound)[0], dout)
+
+
+def test_many_more_columns_and_rows_than_threads(gpu):
+    gpu.order("reverse")
+    for shape, dim in (((3, 40_000), 0), ((40_000, 3), 0), ((50, 3, 130), 1), ((2, 700, 65), 1)):
+        weight, u, v = make_inputs(shape, dim, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+        args = weight, u, v, None, dim, 1, 1e-12, False, None, None
+        out, state = gpu["spectral_norm_fwd"](*args)
+        exact, exact_state = reference.forward(weight.double(), u.double(), v.double(), *args[3:])
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(state.double(), exact_state, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(23)}, "u must have"),
+        ({2: torch.zeros(41)}, "v must have"),
+        ({1: torch.zeros(24, dtype=torch.float64)}, "u must have"),
+        ({3: torch.zeros(2)}, "gain must hold one number"),
+        ({4: 2}, "dim is out of range"),
+        ({5: -1}, "n_iter must not be negative"),
+        ({0: torch.zeros(24, 40, dtype=torch.int32)}, "weights must be float64, float32, bfloat16 or float16"),
+        ({9: torch.int32}, "out_dtype must be"),
+    ],
+)
+def test_arguments_that_would_read_out_of_bounds_are_refused(gpu, change, message):
+    weight, u, v = make_inputs((24, 40), 0, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    args = [weight, u, v, None, 0, 1, 1e-12, False, None, None]
+    for i, value in change.items():
+        args[i] = value
+    with pytest.raises(RuntimeError, match=message):
+        gpu["spectral_norm_fwd"](*args)
+
+
+def _environment() -> dict[str, str]:
+    libraries = [
+        subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(p.strip() for p in libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython and torch keep what they allocate at import
+        "PYTHONPATH": path,
+    }
+
+
+def test_every_case_under_address_and_undefined_behaviour_sanitizers():
+    library = compile_for_host(ROOT / "build" / "simt", *SANITIZERS)
+    command = [sys.executable, str(HERE / "sanitized.py"), str(library), "bfloat16"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases passed" in done.stdout
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("simt") / "faults"
+    flags = ["-std=c++17", "-O1", "-g", SANITIZERS[0], "-include", str(HERE / "simt.h"), "-x", "c++"]
+    subprocess.run([*compiler(), *flags, str(HERE / "faults.cu"), "-o", str(out)], check=True)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        ("divergent", "a barrier or shuffle that some thread does not reach"),
+        ("part_of_a_warp", "a barrier or shuffle that some thread does not reach"),
+        ("past_the_end", "heap-buffer-overflow"),
+    ],
+)
+def test_planted_faults_are_reported(faults, fault, report):
+    done = subprocess.run([faults, fault], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert report in done.stderr
+
+
+def test_a_missing_barrier_shows_in_another_order(faults):
+    assert subprocess.run([faults, "order_matters"]).returncode == 3
