@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python -m weightxform demo --quick --output out/demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: setup
 	$(BIN)/python -m weightxform bench $(ARGS)
