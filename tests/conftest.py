@@ -1,0 +1,27 @@
+"""Shared by all tests: reproducible numbers, poisoned memory, one thread unless a test asks for more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("WEIGHTXFORM_POISON", "1")  # before the kernels load: fresh outputs are NaN
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
