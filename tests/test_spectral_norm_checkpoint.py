@@ -40,12 +40,12 @@ def trained(form: str, module: nn.Module) -> nn.Module:
 
 
 def input_like(module: nn.Module) -> torch.Tensor:
-    plain = copy.copy(module)
-    shape = (
-        (4, plain.in_features) if isinstance(plain, nn.Linear) else (2, plain.in_channels, *(5,) * len(plain.stride))
-    )
-    dtype = module.bias.dtype
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    if isinstance(module, nn.Linear):
+        shape: tuple[int, ...] = (4, module.in_features)
+    else:
+        shape = (2, module.in_channels, *(5,) * len(module.stride))
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(module.bias.dtype)
 
 
 def ours(layer: str, dtype: torch.dtype = torch.float64, **options) -> nn.Module:
@@ -139,7 +139,7 @@ def test_hooks_of_version_none_have_their_v_solved_for(layer):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @form
 def test_half_checkpoints_load_into_float32_state(form, dtype):
-    theirs = TORCH[form](make("linear")).to(dtype).eval()
+    theirs = trained(form, make("linear")).to(dtype).eval()
     module = ours("linear", dtype).eval()
     module.load_state_dict(theirs.state_dict(), strict=True)
     assert [x.dtype for x in vectors(module)] == [torch.float32] * 2

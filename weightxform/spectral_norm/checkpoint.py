@@ -78,13 +78,19 @@ def _solve_v(raw: Tensor, computed: Tensor, u: Tensor, dim: int) -> Tensor:
 
 
 def _members(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """(prefix, name, transform) of every weight that a SpectralNorm computes."""
+    """(prefix, name, transform) of every weight that a SpectralNorm computes; ``ValueError`` for a stack of them."""
     from .module import SpectralNorm
 
     for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
         for child, transform in module.named_children():
-            if isinstance(transform, SpectralNorm) and child.endswith("_transform"):
-                yield f"{path}." if path else "", child.removesuffix("_transform"), transform
+            name = child.removesuffix("_transform")
+            if name == child:
+                continue
+            if isinstance(transform, SpectralNorm):
+                yield prefix, name, transform
+            elif isinstance(transform, nn.Sequential) and any(isinstance(t, SpectralNorm) for t in transform):
+                raise ValueError(f"torch_state_dict: {prefix}{name} has several transforms, which has no torch form")
 
 
 def torch_state_dict(

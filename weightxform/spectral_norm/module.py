@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch import fake_or_proxy_mode, functorch_active, in_backward
+from .._torch import autocast_dtype, fake_or_proxy_mode, functorch_active, in_backward
 from ..checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
 from ..numerics import opmath
 from ..transform import Transform, describe, require_float
@@ -279,11 +279,7 @@ class SpectralNorm(Transform):
         return torch.full((), self.fixed_gain, dtype=opmath(raw.dtype), device=raw.device)
 
     def _out_dtype(self, raw: Tensor) -> torch.dtype | None:
-        if self.autocast and raw.dtype == torch.float32:
-            kind = raw.device.type
-            if torch.is_autocast_enabled(kind):
-                return torch.get_autocast_dtype(kind)
-        return None
+        return autocast_dtype(raw.device.type) if self.autocast and raw.dtype == torch.float32 else None
 
     def _vectors(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         u, v = self._buffers["u"], self._buffers["v"]
@@ -332,7 +328,7 @@ class SpectralNorm(Transform):
         return outs
 
 
-def _commit(vectors: Sequence[Tensor], state: Tensor) -> None:
+def _commit(vectors: list[Tensor], state: Tensor) -> None:
     """Copy each (u, v, ...) out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
     u, v = vectors
     parts = state.split_with_sizes([u.shape[0], v.shape[0], 1])
@@ -351,7 +347,7 @@ def spectral_norm(
 
     Args:
         module: the owner of the weight; it is changed in place.
-        name: of a Parameter of ``module``.
+        name: of a Parameter of ``module``. On one that is computed already the norm goes on top, as with torch's.
         n_power_iterations, eps, dim: as in :class:`SpectralNorm`; at least one iteration.
 
     Returns:
@@ -365,13 +361,13 @@ def spectral_norm(
         IndexError: ``dim`` is no axis of the weight.
         TypeError: an argument of the wrong type, or a weight that is not real floating point.
     """
-    from ..computed import ComputedParameter
+    from ..computed import ComputedParameter, is_computed
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"spectral_norm: module must be an nn.Module, got {type(module).__name__}")
     if not isinstance(name, str):
         raise TypeError(f"spectral_norm: name must be a str, got {name!r}")
-    raw = module._parameters.get(name)
+    raw = getattr(module, name) if is_computed(module, name) else module._parameters.get(name)
     if raw is None:
         there = [n for n, p in module._parameters.items() if p is not None]
         raise ValueError(f"spectral_norm: name must be that of a Parameter of {module} ({there}), got {name!r}")
