@@ -6,8 +6,7 @@ A kernel passes where, for each output,
 
 with err the relative error over the whole tensor. Float64 has no oracle in twice its precision: the error of the
 reference is taken to be that in float32 times eps(float64)/eps(float32), and counts once more because the oracle has it
-too. Memory that a kernel does not write is NaN, its inputs must come back unchanged, and a second run must give the same
-bits.
+too. Memory that a kernel does not write is NaN, inputs must come back unchanged, a second run must give the same bits.
 """
 
 from __future__ import annotations
@@ -138,8 +137,10 @@ def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str
     like = flatten(op.reference(*make_args(op, case, dtype, "cpu")))
 
     error, bound, failure = 0.0, float("inf"), None
+    if not all(map(_same, flatten(args), flatten(before))):
+        failure = "an input was written"
     if len(outputs) != len(like):
-        failure = f"{len(outputs)} outputs, expected {len(like)}"
+        failure = failure or f"{len(outputs)} outputs, expected {len(like)}"
     else:
         for i, (out, ref, exact, share) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
             if (out.shape, out.dtype, out.device.type) != (ref.shape, ref.dtype, torch.device(device).type):
@@ -153,8 +154,6 @@ def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str
                 failure = failure or f"output {i}: error {e:.2e} > {b:.2e}"
         if not all(map(_same, outputs, again)):
             failure = failure or "two runs differ"
-    if not all(map(_same, flatten(args), flatten(before))):
-        failure = failure or "an input was written"
     name = str(dtype).removeprefix("torch.")
     return Result(op.name, case, name, torch.device(device).type, error, bound, failure)
 
