@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,40 +49,45 @@ def discriminator() -> nn.Sequential:
 
 @dataclass
 class Contender:
-    """One GAN in training. ``losses``: (discriminator, generator) of every step; ``seconds``: what each step took."""
+    """One GAN in training.
+
+    Attributes:
+        once: a context in which the discriminator's weights are computed once; ours need none.
+        losses: (discriminator, generator) of every step.
+        seconds: what each step took.
+    """
 
     name: str
     generator: nn.Module
     discriminator: nn.Module
+    once: Callable[[], AbstractContextManager] = nullcontext
     losses: list[tuple[float, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizers = [
-            torch.optim.Adam(model.parameters(), lr=rate, betas=(0.5, 0.9))
-            for model, rate in ((self.discriminator, 4e-4), (self.generator, 1e-3))
+            torch.optim.Adam(model.parameters(), lr=4e-4, betas=(0.0, 0.9))
+            for model in (self.discriminator, self.generator)
         ]
 
     def step(self, real: Tensor, first: Tensor, second: Tensor) -> None:
         """Train on ``real`` [n, 1, 28, 28] with the noise ``first``, ``second`` [n, LATENT]; hinge losses.
 
-        The discriminator is called once on real and fake together, so that each update sees one power iteration also
-        where a forward makes one (torch) and not an update (weightxform).
+        Both networks are updated from the same weights, so the discriminator's are computed once, for two forwards.
         """
         began = time.perf_counter()
-        update_d, update_g = self.optimizers
         with torch.no_grad():
             fake = self.generator(first)
-        on_real, on_fake = self.discriminator(torch.cat([real, fake])).chunk(2)
-        loss_d = (F.relu(1 - on_real) + F.relu(1 + on_fake)).mean()
-        update_d.zero_grad()
-        loss_d.backward()
-        update_d.step()
-
-        loss_g = -self.discriminator(self.generator(second)).mean()
-        update_g.zero_grad()
-        loss_g.backward(inputs=list(self.generator.parameters()))
-        update_g.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        with self.once():
+            on_real, on_fake = self.discriminator(torch.cat([real, fake])).chunk(2)
+            loss_d = (F.relu(1 - on_real) + F.relu(1 + on_fake)).mean()
+            loss_d.backward()
+            loss_g = -self.discriminator(self.generator(second)).mean()
+            loss_g.backward(inputs=list(self.generator.parameters()))
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.losses.append((loss_d.item(), loss_g.item()))
         self.seconds.append(time.perf_counter() - began)
 

@@ -1,0 +1,464 @@
+"""The benchmark on tiny cases: the gate, the figures, the verdicts, the files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import weightxform as wx
+from weightxform.__main__ import main
+from weightxform.bench import case as cases
+from weightxform.bench import footprint, gate, measure, models, rooms, suite, summary, timing, tuned
+from weightxform.bench.rooms import spectral_norm
+from weightxform.registry import OPS
+
+CPU = torch.device("cpu")
+TINY = cases.Case("tiny-4x3", "single", partial(models.linear, 4, 3), quick=True)
+LIST = cases.Case("tiny-list", "list", partial(models.mlp, 3, 8), (2, 8), quick=True)
+
+
+def room_with(monkeypatch: pytest.MonkeyPatch, *chosen: cases.Case, **changes: Any) -> cases.Room:
+    room = replace(spectral_norm.ROOM, cases=chosen, **changes)
+    monkeypatch.setattr(cases, "find_rooms", lambda: {room.name: room})
+    return room
+
+
+def without_compile(problem: cases.Problem) -> list[cases.Variant]:
+    return [v for v in spectral_norm.variants(problem) if v.role != "compiled"]
+
+
+def bench(*arguments: object) -> int:
+    return main(["bench", *map(str, arguments), "--no-tuned", "--seconds", "0.01", "--threads", "1"])
+
+
+# the gate
+
+
+def test_every_variant_is_right_at_the_second_step() -> None:
+    for case in (TINY, LIST):
+        problem = cases.Problem(case, CPU)
+        oracle = gate.Oracle(spectral_norm.ROOM, problem)
+        for variant in without_compile(problem):
+            variant.start()
+            answer = oracle.check(variant, problem.douts)
+            assert answer.passed, (variant.name, answer)
+
+
+def test_oracle_against_torch_in_float64() -> None:
+    problem = cases.Problem(LIST, CPU)
+    weights, grads = spectral_norm.oracle(problem, 2, torch.float64)
+    state = spectral_norm.initial_state(problem)
+    for i, layer in enumerate(problem.copy_layers().double()):
+        torch.nn.utils.parametrizations.spectral_norm(layer)
+        layer.parametrizations.weight[0]._u.copy_(state[i][0])
+        layer.parametrizations.weight[0]._v.copy_(state[i][1])
+        _ = layer.weight
+        out = layer.weight
+        out.backward(problem.douts[i].double())
+        torch.testing.assert_close(out, weights[i])
+        torch.testing.assert_close(layer.parametrizations.weight.original.grad, grads[i])
+
+
+@pytest.mark.parametrize("fault", ["cached", "values", "gradients", "nan", "no gradient"])
+def test_gate_finds(fault: str) -> None:
+    problem = cases.Problem(TINY, CPU)
+    oracle = gate.Oracle(spectral_norm.ROOM, problem)
+
+    def build() -> tuple[Any, list]:
+        forward, raws = spectral_norm.functional(problem)
+        kept: list = []
+
+        def wrong() -> list[torch.Tensor]:
+            if fault == "cached" and kept:
+                return [raws[0] * (kept[0] / raws[0].detach())]
+            (out,) = forward()
+            kept.append(out.detach())
+            if fault == "values":
+                return [out + 1e-4]
+            if fault == "gradients":
+                return [out.detach() + (raws[0] - raws[0].detach())]
+            if fault == "nan":
+                return [out * float("nan")]
+            if fault == "no gradient":
+                return [out.detach() + (torch.zeros((), requires_grad=True))]
+            return [out]
+
+        return wrong, raws
+
+    variant = cases.Variant("wrong", "ours", build, "reference")
+    variant.start()
+    answer = oracle.check(variant, problem.douts)
+    assert not answer.passed
+    if fault == "values":
+        assert answer.reason == "wrong values"
+    if fault in ("gradients", "no gradient"):
+        assert answer.reason == "wrong gradients"
+
+
+def test_a_wrong_op_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    op, right = OPS["spectral_norm_bwd"], OPS["spectral_norm_bwd"].default
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        dweight, dgain = right(*args)
+        return dweight * 1.0001, dgain
+
+    room_with(monkeypatch, TINY)
+    monkeypatch.setattr(op, "default", wrong)
+    monkeypatch.setattr(op, "reference_overload", wrong)
+    assert bench("--json", tmp_path / "out.json") == 1
+    printed = capsys.readouterr().out
+    assert "nothing is timed" in printed
+    assert "spectral_norm_bwd-linear" in printed
+    assert " ms" not in printed
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_wrong_variant_of_ours_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    right = wx.functional.spectral_norm
+
+    def wrong(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple:
+        out, *state = right(weight, u, v)
+        return out * 1.001, *state
+
+    room_with(monkeypatch, TINY, variants=without_compile)
+    monkeypatch.setattr(wx.functional, "spectral_norm", wrong)
+    monkeypatch.setattr(footprint, "ours_without_pool", lambda chosen, threads: {})
+    assert bench("--json", tmp_path / "out.json") == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "WRONG tiny-4x3, ours, functional" in printed
+    assert "wrong values and gradients" in printed
+    assert " ms" not in printed
+    assert not (tmp_path / "out.json").exists()
+
+
+# what is timed
+
+
+def test_each_timed_call_computes_the_weight_again() -> None:
+    for case in (TINY, LIST):
+        problem = cases.Problem(case, CPU)
+        for variant in without_compile(problem):
+            variant.start()
+            before = [raw.detach().clone() for raw in variant.raws]
+            seen = []
+            for _ in range(3):
+                variant.fresh()
+                assert all(raw.grad is None for raw in variant.raws)
+                seen.append(variant.forward()[0].detach().clone())
+            assert not torch.equal(seen[0], seen[1]), variant.name
+            assert not torch.equal(seen[1], seen[2]), variant.name
+            assert all(map(torch.equal, before, variant.raws))
+            variant.forward_backward(problem.douts)
+            assert all(raw.grad is not None for raw in variant.raws)
+
+
+def test_forced_backends_are_forced() -> None:
+    problem = cases.Problem(TINY, CPU)
+    served = wx.backends.serving("spectral_norm_fwd", "cpu")[0]
+    names = {v.name: v for v in without_compile(problem)}
+    if served == "reference":
+        assert "ours, reference" not in names
+        return
+    assert names["ours"].backend == served
+    variant = names["ours, reference"]
+    variant.start()
+    seen = []
+    op = OPS["spectral_norm_bwd"]
+    variant.fresh()
+    out = variant.forward()
+    assert wx.backends.forced is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "reference_overload", lambda *args: seen.append(args) or op.default(*args))
+        variant.forward_backward(problem.douts)
+    assert len(seen) == 1
+    assert len(out) == 1
+
+
+def test_interleaving() -> None:
+    """Each call once a round at least, prepared each time, in an order that rotates."""
+    log: list[str] = []
+    calls = [timing.Call(name, partial(log.append, name), partial(log.append, f"prepare {name}")) for name in "abc"]
+    times = timing.interleave(calls, CPU, seconds=1e-9, least=6, most=6)
+    assert set(times) == set("abc")
+    assert all(len(t.rounds) == 6 and 0 < t.fastest <= t.median for t in times.values())
+    assert all(log[i] == f"prepare {log[i + 1]}" for i in range(0, len(log), 2))
+    firsts = [name for i, name in enumerate(log[1::2]) if i == 0 or log[1::2][i - 1] != name]
+    assert [x for x in "".join(firsts).split("abc") if x]  # some round does not begin with a
+
+
+def test_ratio_is_taken_within_a_round() -> None:
+    ours, theirs = timing.Times([1.0, 10.0, 1.0], 1.0), timing.Times([2.0, 20.0, 2.0], 2.0)
+    assert theirs.ratio(ours) == 2
+    assert timing.Times([3.0, 4.0, 5.0], 3.0).median == 4
+
+
+def test_counts_and_memory() -> None:
+    x = torch.randn(512, 512)
+    assert measure.count_ops(lambda: (x + 1).t().mul_(2)) == 2
+    assert 0 <= measure.peak_bytes(lambda: (x + 1, x + 2), CPU) - 2 * x.nbytes < 256
+    assert measure.peak_bytes(lambda: (x + 1).sum(), CPU) < 2 * x.nbytes
+
+
+def test_floor_is_the_registry_s() -> None:
+    problem = cases.Problem(LIST, CPU)
+    assert spectral_norm.floor(problem) == (2 * problem.nbytes, 3 * problem.nbytes)
+
+
+def test_memory_of_the_kernels_with_a_pool() -> None:
+    """In another process: outputs and gradients of 1 MiB, which torch's profiler does not see where they are pooled."""
+    room = spectral_norm.ROOM
+    case = next(c for c in room.cases if c.name == "linear-512x512")
+    found = footprint.ours_without_pool([(room, case)], 1)["linear-512x512"]
+    assert set(found) >= {"ours", "ours, functional"}
+    assert 2 << 20 <= found["ours"] < 2.5 * (1 << 20)
+
+
+def test_the_models_have_the_weights_of_their_names() -> None:
+    expected = {
+        "resnet-18": (20, 11.16), "resnet-50": (53, 23.45), "transformer-12": (48, 84.93), "mlp-64x64x64": (64, 0.26),
+        "sngan-discriminator": (8, 2.91), "biggan-discriminator": (19, 39.46),
+    }  # fmt: skip
+    found = {}
+    for case in spectral_norm.CASES:
+        if case.group == "list":
+            with torch.device("meta"):
+                model = case.model()
+            assert model(torch.empty(case.inputs, device="meta")).shape[0] == case.inputs[0]
+            weights = [layer.weight for layer in cases.layers(model)]
+            found[case.name] = len(weights), round(sum(w.numel() for w in weights) / 1e6, 2)
+    assert {n: c for n, (c, _) in found.items()} == {n: c for n, (c, _) in expected.items()}
+    for name, (_, millions) in expected.items():
+        assert found[name][1] == pytest.approx(millions, rel=0.01), name
+
+
+# the command
+
+
+def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With torch.compile, whose form of torch's modules has wrong gradients for a matrix this small."""
+    room_with(monkeypatch, TINY)
+    monkeypatch.setattr(footprint, "ours_without_pool", lambda chosen, threads: {"tiny-4x3": {"ours": 12345}})
+    assert bench("--json", tmp_path / "a" / "out.json", "--plot", tmp_path / "plots") == 0
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 120 for line in printed.splitlines())
+    for text in ("agree with float64", "A/A", "torch.compile, by hand", "single weights against torch", "not measured"):
+        assert text in printed
+
+    result = json.loads((tmp_path / "a" / "out.json").read_text())
+    assert set(result) == {"schema", "machine", "gate", "cases", "summary"}
+    assert result["schema"] == 1
+    assert result["machine"]["threads"] == 1
+    assert result["gate"]["passed"]
+    (case,) = result["cases"]
+    keys = {
+        "transform",
+        "name",
+        "group",
+        "bytes",
+        "weights",
+        "rounds",
+        "copy_gb_s",
+        "floor_bytes",
+        "copy",
+        "aa",
+        "variants",
+    }
+    assert set(case) == keys
+    assert case["floor_bytes"] == {"fwd": 2 * 48, "fwd_bwd": 5 * 48}
+    rows = {row["name"]: row for row in case["variants"]}
+    for row in rows.values():
+        if row["status"] != "ok":
+            continue
+        for phase in ("fwd", "fwd_bwd"):
+            assert set(row[phase]) == {"median_us", "min_us", "rounds_us", "x_floor", "vs_eager", "vs_compiled"}
+            assert 0 < row[phase]["min_us"] <= row[phase]["median_us"]
+            assert len(row[phase]["rounds_us"]) == case["rounds"]
+    assert rows["torch, eager"]["fwd_bwd"]["vs_eager"] == 1
+    assert rows["torch.compile, by hand"]["status"] == "ok"
+    assert rows["torch.compile, by hand"]["fwd_bwd"]["vs_compiled"] == 1
+    assert rows["ours"]["peak_bytes"] == 12345
+    assert rows["ours"]["ops"] < rows["torch, eager"]["ops"]
+
+    rejected = rows["torch.compile, modules"]
+    assert (rejected["status"], rejected["reason"]) == ("rejected", "wrong gradients")
+    assert rejected["value_error"] <= 1 < rejected["gradient_error"]
+    assert "fwd" not in rejected
+    assert "torch.compile, modules rejected: wrong gradients" in printed
+
+    from matplotlib import image
+
+    for name in ("ratio.png", "roofline.png"):
+        assert image.imread(tmp_path / "plots" / name)[..., :3].std() > 0.01
+
+
+def test_a_list_with_its_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_with(monkeypatch, LIST, variants=without_compile)
+    monkeypatch.setattr(footprint, "ours_without_pool", lambda chosen, threads: {})
+    assert bench("tiny*", "--json", tmp_path / "out.json") == 0
+    (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [row["name"] for row in case["variants"]][:3] == ["ours", "ours, ungrouped", "ours, functional"]
+    assert case["weights"] == 3
+    step = case["step"]
+    assert set(step["times"]) == {"plain", "ours", "eager"}
+    assert set(step["cost"]) == {"ours", "eager"}
+    assert case["variants"][0]["fwd"]["vs_compiled"] is None
+
+
+def test_a_training_step_with_compiled_weights_trains_the_same_model() -> None:
+    """The step of the compiled baseline updates its own leaves: after it they differ from where they began."""
+    problem = cases.Problem(LIST, CPU)
+    variant = next(v for v in spectral_norm.variants(problem) if v.name == "ours, functional")
+    variant.start()
+    before = [raw.detach().clone() for raw in variant.raws]
+    from weightxform.bench.step import step_costs
+
+    found = step_costs(spectral_norm.ROOM, problem, variant, 1e-3)
+    assert set(found["cost"]) == {"ours", "eager", "compiled"}
+    assert all(raw.grad is not None and raw.grad.abs().sum() > 0 for raw in variant.raws)
+    assert all(torch.isfinite(raw).all() for raw in variant.raws)
+    assert len(before) == 3
+
+
+def test_a_baseline_that_cannot_be_built_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: cases.Problem) -> list[cases.Variant]:
+        def build() -> Any:
+            raise RuntimeError("no compiler here")
+
+        return [*without_compile(problem), cases.Variant("torch.compile, by hand", "compiled", build, "inductor")]
+
+    room = room_with(monkeypatch, TINY, variants=broken)
+    found = suite.measure(room, TINY, suite.Options(CPU, 0.01, memory=False))
+    row = found["variants"][-1]
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no compiler here")
+    assert found["variants"][0]["fwd_bwd"]["vs_compiled"] is None
+
+
+def test_ours_must_not_fail_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: cases.Problem) -> list[cases.Variant]:
+        def build() -> Any:
+            raise RuntimeError("no kernel")
+
+        return [cases.Variant("ours", "ours", build, "cpu")]
+
+    room = room_with(monkeypatch, TINY, variants=broken)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        suite.measure(room, TINY, suite.Options(CPU, 0.01))
+
+
+def test_tuned_allocator_reaches_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line and the environment, without the minutes of the run itself."""
+    seen = {}
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> argparse.Namespace:
+        seen["command"], seen["env"] = command, env
+        Path(command[command.index("--json") + 1]).write_text('{"cases": [{"name": "resnet-18", "bytes": 3}]}')
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(tuned.subprocess, "run", run)
+    assert tuned.rerun(["resnet-18"], 2, 0.5) == {"resnet-18": {"name": "resnet-18", "bytes": 3}}
+    assert seen["env"]["MALLOC_TRIM_THRESHOLD_"] == seen["env"]["MALLOC_MMAP_THRESHOLD_"] == str(1 << 32)
+    assert seen["env"]["THP_MEM_ALLOC_ENABLE"] == "1"
+    arguments = seen["command"][seen["command"].index("bench") :]
+    parser = argparse.ArgumentParser()
+    from weightxform.bench import add_arguments
+
+    add_arguments(parser)
+    args = parser.parse_args(arguments[1:])
+    assert (args.names, args.exact, args.main_only, args.threads) == (["resnet-18"], True, True, 2)
+
+    monkeypatch.setattr(
+        tuned.subprocess, "run", lambda *a, **k: argparse.Namespace(returncode=1, stdout="", stderr="killed")
+    )
+    with pytest.raises(RuntimeError, match="killed"):
+        tuned.rerun(["resnet-18"], 2, 0.5)
+
+
+def test_list_and_names(capsys: pytest.CaptureFixture) -> None:
+    def listed(*arguments: str) -> list[str]:
+        assert main(["bench", "--list", *arguments]) == 0
+        return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+
+    everything = listed()
+    assert len(everything) == len(spectral_norm.CASES) == 18
+    assert listed("spectral_norm") == everything
+    assert listed("resnet*") == ["resnet-18", "resnet-50"]
+    assert listed("--quick") == [c.name for c in spectral_norm.CASES if c.quick]
+    assert listed("--quick", "resnet-50") == ["resnet-50"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing*"], "no case matches nothing*"),
+        (["--device", "meta"], "--device must be cpu or cuda, got meta"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds must be positive, got 0.0"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().out
+
+
+def test_a_room_is_found_because_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy.py").write_text(
+        "from dataclasses import replace\n"
+        "from weightxform.bench.rooms.spectral_norm import ROOM\n"
+        "ROOM = replace(ROOM, name='toy', cases=())\n"
+    )
+    monkeypatch.setattr(rooms, "__path__", [*rooms.__path__, str(tmp_path)])
+    assert list(cases.find_rooms()) == ["spectral_norm", "toy"]
+
+
+# the verdicts
+
+
+def _case(name: str, group: str, mib: float, eager: float, compiled: float | None, floor: float) -> dict[str, Any]:
+    row = {"role": "ours", "main": True, "fwd_bwd": {"vs_eager": eager, "vs_compiled": compiled, "x_floor": floor}}
+    return {"name": name, "group": group, "bytes": int(mib * (1 << 20)), "variants": [row]}
+
+
+def test_verdicts() -> None:
+    found = summary.verdicts(
+        [
+            _case("small", "single", 1, 8, 3, 9.0),
+            _case("large", "single", 64, 2, 0.9, 1.5),
+            _case("resnet-18", "list", 42, 6, 2, 1.3),
+            _case("resnet-50", "list", 89, 4.5, None, 1.3),
+        ]
+    )
+    by_name = {v.what: (v.value, v.met) for v in found}
+    assert by_name["single weights against torch, geometric mean"] == (pytest.approx(4), True)
+    assert by_name["single weights against the best torch.compile, geometric mean"] == (pytest.approx(2.7**0.5), True)
+    assert by_name["slowest case against torch"] == (2, True)
+    assert by_name["slowest case against the best torch.compile"] == (0.9, False)
+    assert by_name["over a copy's floor, single weights from 4 MiB, worst"] == (1.5, False)
+    assert by_name["ResNet lists, grouped, against torch, worst"] == (4.5, False)
+    text = "\n".join(map(str, found))
+    assert "slowest case against the best torch.compile: 0.90x (target >= 1, at large) MISSED" in text
+    assert "slowest case against torch: 2.00x (target >= 1, at large) met" in text
+
+
+def test_verdicts_of_nothing_are_not_met() -> None:
+    for verdict in summary.verdicts([_case("small", "single", 1, 8, None, 2.0)]):
+        if verdict.value is None:
+            assert verdict.met is None
+            assert "not measured" in str(verdict)
+    assert sum(v.value is None for v in summary.verdicts([])) == 8
