@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autograd import dense, guard, joined, through_ops, variant
 from ..numerics import opmath
 from ..registry import Case, Op, register
 from ..transform import describe
 from . import reference
-from .function import _dense, _guard, _through_ops, joined, variant
 from .op import _upstream
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -293,7 +293,7 @@ class ConvNormFunction(torch.autograd.Function):
         ctx.state = output[1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.unchanged = _guard((ctx.weight, ctx.gain))
+        ctx.unchanged = guard("spectral_norm", (ctx.weight, ctx.gain))
 
     @staticmethod
     def backward(ctx, dout, dstate):
@@ -301,8 +301,8 @@ class ConvNormFunction(torch.autograd.Function):
             return (None,) * 10
         if ctx.unchanged is not None:
             ctx.unchanged.check()
-        backward = spectral_norm_conv_bwd if _through_ops() else _differentiable_backward
-        dweight, dgain = backward(_dense(dout), ctx.weight, ctx.state, ctx.gain, *ctx.geometry, ctx.bound)
+        backward = spectral_norm_conv_bwd if through_ops() else _differentiable_backward
+        dweight, dgain = backward(dense(dout), ctx.weight, ctx.state, ctx.gain, *ctx.geometry, ctx.bound)
         dgain = dgain.to(ctx.gain.dtype) if ctx.gain is not None and ctx.needs_input_grad[3] else None
         return (dweight if ctx.needs_input_grad[0] else None, None, None, dgain, *(None,) * 6)
 

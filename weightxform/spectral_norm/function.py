@@ -1,10 +1,4 @@
-"""Spectral normalization as ``torch.autograd.Function``s with explicit backward passes.
-
-State stays on ``ctx`` and not in ``save_for_backward``, so that one computed weight serves many backward passes; a
-write to the weight in between raises. A Function with ``jvp`` cannot be traced by Dynamo, so forward-mode AD is in a
-subclass that only eager code uses; and ``apply`` inspects the signature of a Function with ``setup_context`` at each
-call (20 us), which only torch.func needs, so plain eager code gets one whose forward does both.
-"""
+"""Spectral normalization as ``torch.autograd.Function``s with explicit backward passes; see ``autograd.py``."""
 
 from __future__ import annotations
 
@@ -14,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import functorch_active
-from ..versions import Unchanged
+from ..autograd import dense, guard, joined, through_ops, variant
 from . import reference
 from .op import spectral_norm_bwd, spectral_norm_bwd_list, spectral_norm_fwd, spectral_norm_fwd_list, state_size
 
@@ -33,43 +26,6 @@ def _differentiable_backward(dout: Tensor, weight: Tensor, state: Tensor, gain: 
     return dweight.to(weight.dtype), s * radial
 
 
-def _guard(tensors: Sequence[Tensor | None]) -> Unchanged | None:
-    """``None`` where version counters cannot be read: under Dynamo and inside torch.func transforms."""
-    if torch.compiler.is_compiling() or functorch_active():
-        return None
-    return Unchanged("spectral_norm", [t for t in tensors if t is not None])
-
-
-def _through_ops() -> bool:
-    """Whether a backward pass may call the (not differentiable) op."""
-    return torch.compiler.is_compiling() or not (torch.is_grad_enabled() or functorch_active())
-
-
-def _dense(dout: Tensor) -> Tensor:
-    return dout.to_dense() if not torch.compiler.is_compiling() and dout.layout != torch.strided else dout
-
-
-def joined(function: Any) -> Any:
-    """``function`` (a Function class) with ``forward`` and ``setup_context`` in one: faster, unknown to torch.func."""
-
-    def forward(ctx, *inputs):
-        output = function.forward(*inputs)
-        function.setup_context(ctx, inputs, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    if function.jvp is not torch.autograd.Function.jvp:
-        members["jvp"] = staticmethod(function.jvp)
-    return type(f"{function.__name__}Joined", (torch.autograd.Function,), members)
-
-
-def variant(traceable: Any, functional: Any, eager: Any) -> Any:
-    """Which of three forms of a Function serves here: under Dynamo, inside torch.func transforms, elsewhere."""
-    if torch.compiler.is_compiling():
-        return traceable
-    return functional if functorch_active() else eager
-
-
 class SpectralNormFunction(torch.autograd.Function):
     """``(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> (out, state)``."""
 
@@ -83,7 +39,7 @@ class SpectralNormFunction(torch.autograd.Function):
         ctx.state = output[1]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.unchanged = _guard((ctx.weight, ctx.gain))
+        ctx.unchanged = guard("spectral_norm", (ctx.weight, ctx.gain))
 
     @staticmethod
     def backward(ctx, dout, dstate):
@@ -91,8 +47,8 @@ class SpectralNormFunction(torch.autograd.Function):
             return (None,) * 10
         if ctx.unchanged is not None:
             ctx.unchanged.check()
-        backward = spectral_norm_bwd if _through_ops() else _differentiable_backward
-        dweight, dgain = backward(_dense(dout), ctx.weight, ctx.state, ctx.gain, ctx.dim, ctx.bound)
+        backward = spectral_norm_bwd if through_ops() else _differentiable_backward
+        dweight, dgain = backward(dense(dout), ctx.weight, ctx.state, ctx.gain, ctx.dim, ctx.bound)
         dgain = dgain.to(ctx.gain.dtype) if ctx.gain is not None and ctx.needs_input_grad[3] else None
         return (dweight if ctx.needs_input_grad[0] else None, None, None, dgain, *(None,) * 6)
 
@@ -158,7 +114,7 @@ class SpectralNormListFunction(torch.autograd.Function):
         ctx.state = output[-1]
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        ctx.unchanged = _guard(tensors)
+        ctx.unchanged = guard("spectral_norm", tensors)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -175,10 +131,10 @@ class SpectralNormListFunction(torch.autograd.Function):
             return (None,) * (3 + n + len(ctx.gains))
         dweights: list[Tensor | None] = [None] * n
         dgains: list[Tensor | None] = [None] * len(ctx.gains)
-        if _through_ops():
+        if through_ops():
             gains = [ctx.gains[i] for i in used] if ctx.gains else []
             results, dgain = spectral_norm_bwd_list(
-                [_dense(douts[i]) for i in used],
+                [dense(douts[i]) for i in used],
                 [ctx.weights[i] for i in used],
                 ctx.state,
                 [offsets[i] for i in used],
@@ -195,7 +151,7 @@ class SpectralNormListFunction(torch.autograd.Function):
                 weight, dim = ctx.weights[i], ctx.dims[i]
                 state = ctx.state[offsets[i] : offsets[i] + state_size(weight, dim)]
                 gain = ctx.gains[i] if ctx.gains else None
-                dweights[i], dgain = _differentiable_backward(_dense(douts[i]), weight, state, gain, dim, ctx.bound)
+                dweights[i], dgain = _differentiable_backward(dense(douts[i]), weight, state, gain, dim, ctx.bound)
                 if gain is not None:
                     dgains[i] = dgain.to(gain.dtype)
         return (None, None, None, *dweights, *dgains)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import dense, guard, joined, variant
 from ..numerics import opmath
 from . import reference
-from .function import _dense, _guard, joined, variant
 
 
 def _parts(weight: Tensor, eps: float, bound: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ class VectorNormFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.weight, ctx.gain, ctx.eps, ctx.bound, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.unchanged = _guard((ctx.weight, ctx.gain))
+        ctx.unchanged = guard("spectral_norm", (ctx.weight, ctx.gain))
 
     @staticmethod
     def backward(ctx, dout):
@@ -45,7 +45,7 @@ class VectorNormFunction(torch.autograd.Function):
         if ctx.unchanged is not None:
             ctx.unchanged.check()
         dtype = opmath(ctx.weight.dtype)
-        g, raw = _dense(dout).to(dtype), ctx.weight.to(dtype)
+        g, raw = dense(dout).to(dtype), ctx.weight.to(dtype)
         s, ds, direction = _parts(raw, ctx.eps, ctx.bound)
         radial = (g * raw).sum()
         dweight = s * g + (ds * radial) * direction
