@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+_LARGEST = 3.4028234663852886e38  # float32
 
 
 def require_int(owner: str, name: str, value: object, least: int | None = None) -> None:
@@ -17,15 +18,11 @@ def require_int(owner: str, name: str, value: object, least: int | None = None) 
 
 
 def require_number(owner: str, name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is an int or a float, ``ValueError`` unless it is finite."""
+    """Raise ``TypeError`` unless ``value`` is an int or a float, ``ValueError`` unless it is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        finite = False
-    if not finite:
-        raise ValueError(f"{owner}: {name} must be finite, got {value}")
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{owner}: {name} must be finite in float32, got {value}")
 
 
 def require_positive(owner: str, name: str, value: object) -> None:
