@@ -8,6 +8,7 @@ from .computed import ComputedParameter, assign, bake, invalidate, is_computed, 
 from .info import info
 from .spectral_norm import SpectralNorm, spectral_norm, torch_state_dict
 from .transform import Transform
+from .weight_norm import WeightNorm
 
 load_kernels()
 force_from_environment()
@@ -16,6 +17,7 @@ __all__ = [
     "ComputedParameter",
     "SpectralNorm",
     "Transform",
+    "WeightNorm",
     "__version__",
     "assign",
     "backend",
