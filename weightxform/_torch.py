@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch._C import _TorchDispatchModeKey as _Mode
 from torch.autograd import forward_ad as _forward_ad
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def functorch_active() -> bool:
@@ -43,6 +47,25 @@ def special_mode() -> bool:
 def freezing_trace() -> bool:
     """Under ``torch.jit.trace`` or ``torch.fx.symbolic_trace``, which would keep a weight as a constant."""
     return torch._C._is_tracing() or fx_tracing()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on this device; ``None`` where it is off, or does not exist (meta)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def not_compiled_alone(function: _F) -> _F:
+    """Dynamo may trace through ``function``; where it gave up on the caller, it must not compile what runs in here.
+
+    Piecewise compilation of the cache's logic is slow, warns, and believes ``is_compiling`` in some frames only.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    return function
 
 
 def saved_tensor_hooks_active() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ._torch import autocast_dtype
 from .transform import Transform
 
 
@@ -24,7 +25,7 @@ def _chain(links: list[nn.Module], raw: Tensor | None, advance: bool) -> Tensor:
     """Only the last link may cast to the dtype of autocast: the others are followed by more arithmetic."""
     kind = "cpu" if raw is None else raw.device.type
     value = raw
-    if torch.is_autocast_enabled(kind):
+    if autocast_dtype(kind) is not None:
         with torch.autocast(kind, enabled=False):
             for link in links[:-1]:
                 value = evaluate(link, value, advance)

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from . import versions
 from ._torch import (
+    autocast_dtype,
     capturing_cuda_graph,
     distributed,
     freezing_trace,
@@ -59,7 +60,7 @@ class Entry:
         key = [
             self.transform.training,
             torch.is_inference_mode_enabled(),
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            autocast_dtype(kind),
         ]
         if raw is not None:
             key += raw._version, _steps(id(raw), 0), raw.data_ptr(), raw.dtype, raw.requires_grad
@@ -222,7 +223,14 @@ class Slot:
         raw = job.raw
         if self.managed or self.captured or not (self.always_caches or caches(job.transform)):
             return False
-        return raw is None or not (raw.is_inference() or raw.grad_fn is not None or raw.is_cpu and raw.is_shared())
+        if raw is None:
+            return True
+        if raw is not self._home():  # functional_call: whoever handed it in may write it unseen
+            return False
+        return not (raw.is_inference() or raw.grad_fn is not None or (raw.is_cpu and raw.is_shared()))
+
+    def _home(self) -> Tensor | None:
+        return None if self.home is None else self.home()
 
     def advances(self, raw: Tensor | None, transform: nn.Module) -> bool:
         if not transform.training or in_backward():
@@ -251,10 +259,9 @@ class Slot:
     def _notice_fsdp(self, module: nn.Module, raw: Tensor | None) -> None:
         if raw is None:
             return
-        home = None if self.home is None else self.home()
-        if home is None and self.home is None:
+        if self.home is None:
             self.settle_in(raw)
-        elif home is not raw and not self.managed and distributed():
+        elif not self.managed and self._home() is not raw and distributed():
             self.managed = True
         if self.managed:
             self._watch_forwards(module)

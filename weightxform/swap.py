@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import is_dtensor, loading_strictly
+from ._torch import is_dtensor, loading_strictly, not_compiled_alone
 from .slot import Slot
 
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
@@ -74,7 +74,10 @@ def swapped(base: type, names: tuple[str, ...]) -> type:
             **_methods(base, names),
         }
         if issubclass(base, nn.RNNBase):
-            members |= {"_flat_weights": _flat_weights(), "flatten_parameters": _flatten_parameters}
+            members |= {"_flat_weights": _flat_weights()}
+            members |= {"flatten_parameters": _nothing, "_update_flat_weights": _nothing}
+            if base.__setattr__ is nn.RNNBase.__setattr__:  # it reads _flat_weights, and so every weight
+                members["__setattr__"] = nn.Module.__setattr__
         _classes[key] = type(base.__name__, (base,), members)
     return _classes[key]
 
@@ -106,7 +109,7 @@ def _weight(name: str) -> property:
             "hook has removed the parameter already and the module is broken."
         )
 
-    return property(read, write, doc=f"computed by {child}")
+    return property(not_compiled_alone(read), write, doc=f"computed by {child}")
 
 
 def _flat_weights() -> property:
@@ -115,11 +118,12 @@ def _flat_weights() -> property:
     def read(self: nn.RNNBase) -> list[Tensor | None]:
         return [getattr(self, n, None) for n in self._flat_weights_names]
 
-    return property(read, lambda self, value: None)
+    return property(not_compiled_alone(read), lambda self, value: None)
 
 
-def _flatten_parameters(self: nn.RNNBase) -> None:
-    """Computed weights cannot be laid out in one buffer; cuDNN copies them."""
+def _nothing(self: nn.RNNBase) -> None:
+    """The list is never stale (looking, as a copy does, would compute and iterate); and computed weights cannot be laid
+    out in one buffer: cuDNN copies them."""
 
 
 def _methods(base: Any, names: tuple[str, ...]) -> dict[str, Callable]:
@@ -185,6 +189,7 @@ def _methods(base: Any, names: tuple[str, ...]) -> dict[str, Callable]:
 
     def __delattr__(self: nn.Module, name: str) -> None:
         if name in names:
+            slots_of(self)[name].forget()  # torch's register_parametrization has written into it already
             raise AttributeError(f"{type(self).__name__}.{name} is computed: wx.bake(module, {name!r}) first")
         base.__delattr__(self, name)
 
