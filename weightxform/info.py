@@ -52,6 +52,15 @@ def columns(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # nightly builds of torch bring it under another name
+        return "of unknown version"
+
+
 def _devices() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     found = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
@@ -70,12 +79,11 @@ def _devices() -> dict[str, str]:
 
 def info() -> Info:
     """What is installed here, what was built, and which backend each op uses on each device, and why."""
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
     versions = {
         "weightxform": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _triton(),
     }
     devices = _devices()
     serving = {op: {device: backends.serving(op, device) for device in devices} for op in OPS}
