@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "pool.h"
+#include "vec.h"
 
 // In libtorch from 2.11 on; the build targets 2.10, where the pool stays unused.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void*, int64_t, const int64_t*, const int64_t*, int64_t,
@@ -45,6 +46,21 @@ inline bool is_dense(const Dims& sizes, const Dims& strides) {
 }
 
 inline int64_t itemsize(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
+
+// f<T>(); T is the storage type of `dtype`.
+template <class F>
+void dispatch(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(fp16{});
+    default:
+      return f(bf16{});
+  }
+}
 
 // An uninitialised CPU tensor. Large ones come from the pool. WEIGHTXFORM_POISON=1 fills it with NaN (for tests).
 inline Tensor allocate(const Dims& sizes, const Dims& strides, ScalarType dtype) {

@@ -7,30 +7,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/dense.h"
+#include "../common/layout.h"
 #include "../common/work.h"
 #include "backward.h"
 #include "forward.h"
 
 namespace wx::sn {
 namespace {
-
-constexpr int64_t kPastCache = 24 << 20;  // outputs of a call from which stores go past the cache
-
-// f<T>(); T is the storage type of `dtype`.
-template <class F>
-void dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(fp16{});
-    default:
-      return f(bf16{});
-  }
-}
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "spectral_norm: ", what); }
 

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "layout.h"
+#include "../common/layout.h"
 #include "rows.h"
 #include "scale.h"
 
