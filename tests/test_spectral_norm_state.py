@@ -446,3 +446,14 @@ def test_parametrize_removal_leaves_a_copy_alone():
     assert transform_before is not transform(module)
     twin.eval()
     assert parametrize.is_parametrized(twin) and torch.equal(twin.weight, value)
+
+
+def test_a_learned_gain_of_a_meta_module():
+    with torch.device("meta"):
+        layer = nn.Linear(5, 7)
+    norm = wx.SpectralNorm(gain=2.5, learn_gain=True)
+    layer.weight = wx.ComputedParameter(layer.weight, norm)
+    assert norm.gain.is_meta
+    layer.to_empty(device="cpu").reset_parameters()
+    assert norm.gain.item() == 2.5
+    assert norm_of(layer.eval().weight) == pytest.approx(2.5, abs=0.5)

@@ -140,12 +140,14 @@ class SpectralNorm(Transform):
             self.geometry = Geometry.of(module, name, raw, self.input_size)
         self.dim = dim
         self.autocast = isinstance(module, _AUTOCAST) and name == "weight"
-        self.attached = True
-        if self.gain is not None and not raw.is_meta:
-            self.gain.data = self.gain.data.to(raw.device, opmath(raw.dtype))
+        if self.gain is not None:
+            value = self.fixed_gain if self.gain.is_meta else self.gain.detach()
+            gain = torch.empty((), dtype=opmath(raw.dtype), device=raw.device).copy_(torch.as_tensor(value))
+            self.gain = nn.Parameter(gain, requires_grad=self.gain.requires_grad)
         u, v = self._buffers["u"], self._buffers["v"]
         if u is None or v is None or (u.shape[0], v.shape[0]) != self._sizes(raw):  # else they were loaded
             self._draw(raw, n_iter)
+        self.attached = True
 
     def _sizes(self, raw: Tensor) -> tuple[int, int]:
         """Lengths of u and v."""
