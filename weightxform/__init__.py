@@ -5,6 +5,7 @@ from ._load import load_kernels
 from ._version import __version__
 from .backends import backend, force_from_environment
 from .computed import ComputedParameter, assign, bake, invalidate, is_computed, raw, refresh, tie
+from .grouping import constrain
 from .info import info
 from .spectral_norm import SpectralNorm, spectral_norm, torch_state_dict
 from .transform import Transform
@@ -22,6 +23,7 @@ __all__ = [
     "assign",
     "backend",
     "bake",
+    "constrain",
     "functional",
     "info",
     "invalidate",

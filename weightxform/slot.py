@@ -130,6 +130,7 @@ class Slot:
         self.advanced: tuple | None = None
         self.home: weakref.ref[Tensor] | None = None
         self.bucket: Bucket | None = None
+        self.index = 0  # in the bucket
         self.forwards = 0
         self.hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -301,6 +302,15 @@ def _computing() -> Iterator[None]:
         yield
 
 
+def together(jobs: Sequence[Job]) -> list[Tensor]:
+    """The weights alone; several must be of one groupable class and of one group key."""
+    if len(jobs) == 1:
+        job = jobs[0]
+        return [evaluate(job.transform, job.raw, job.advance)]
+    group: Callable = type(jobs[0].transform).compute_group  # type: ignore[attr-defined]
+    return group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])
+
+
 def compute(jobs: Sequence[Job]) -> list[Tensor]:
     """Compute the weights (several of one groupable class in one call) and put them in their slots."""
     for slot, _, name, raw, transform, advance in jobs:
@@ -316,12 +326,7 @@ def compute(jobs: Sequence[Job]) -> list[Tensor]:
         if slot.entry is not None:
             slot.entry.check_untouched(name)
     with _computing():
-        if len(jobs) == 1:
-            job = jobs[0]
-            outs = [evaluate(job.transform, job.raw, job.advance)]
-        else:
-            group: Callable = type(jobs[0].transform).compute_group  # type: ignore[attr-defined]
-            outs = group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])
+        outs = together(jobs)
         for i, job in enumerate(jobs):
             if not isinstance(outs[i], Tensor):
                 raise TypeError(f"{type(job.transform).__name__}: the weight must be a Tensor, got {type(outs[i]).__name__}")
