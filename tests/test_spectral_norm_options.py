@@ -191,6 +191,30 @@ def test_autocast_casts_in_the_same_pass():
         assert bias.bias.dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"bound": 0.3, "gain": 1.5}, {"learn_gain": True, "gain": 0.5}])
+def test_compiled_equals_eager(options):
+    """A weight and a vector, training then eval: outputs, every gradient, and the vectors."""
+    results = []
+    for compiled in (False, True):
+        module = put(make("linear"), "computed", **options)
+        put(module, "computed", name="bias", **options)
+        run = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        found = []
+        for step in range(4):
+            module.train(step < 2)
+            write(module, 1.0, seed=step)
+            out = run(input_for(module, step))
+            found += [out, *torch.autograd.grad(out, list(module.parameters()), like(out, step))]
+        results.append((*found, *vectors(module)))
+    assert_close(results[0], results[1], **EXACT)
+
+
+def test_exported_equals_eager():
+    module = put(make("conv2d"), "computed", gain=1.5).eval()
+    x = input_for(module)
+    assert_close(torch.export.export(module, (x,)).module()(x), module(x), **EXACT)
+
+
 def test_repr():
     assert repr(wx.SpectralNorm()) == "SpectralNorm(n_power_iterations=1, dim=None)"
     options = {"order": "v_first", "bound": 2, "gain": 0.5, "cache": False}

@@ -422,6 +422,23 @@ def test_half_vectors_load_into_float32(assign, dtype):
     assert norm_of(module.eval().weight) == pytest.approx(1, abs=0.05)
 
 
+def test_a_double_checkpoint_assigned_to_a_float_module():
+    source = put(make("linear"), "computed")
+    module = put(make("linear", torch.float32, seed=5), "computed")
+    module.load_state_dict(source.state_dict(), assign=True)
+    assert {t.dtype for t in (raw(module), *vectors(module))} == {torch.float64}
+    assert_close(module.eval().weight, source.eval().weight, **EXACT)
+
+
+def test_loaded_vectors_follow_the_weight_they_are_attached_to():
+    source = put(make("linear"), "computed")
+    norm = wx.SpectralNorm()
+    norm.load_state_dict(transform(source).state_dict())
+    norm.attach(make("linear", torch.bfloat16).weight)
+    assert [x.dtype for x in (norm.u, norm.v)] == [torch.float32] * 2
+    assert_close(norm.u.double(), vectors(source)[0], rtol=1e-6, atol=1e-6)
+
+
 def test_a_vector_of_the_wrong_size_is_reported():
     module = put(make("linear"), "computed")
     checkpoint = dict(module.state_dict(), **{"weight_transform.u": torch.ones(3)})

@@ -69,7 +69,7 @@ class SpectralNorm(Transform):
         cache: bool = True,
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
+        owner = "SpectralNorm"
         require_int(owner, "n_power_iterations", n_power_iterations, 0)
         require_positive(owner, "eps", eps)
         if dim is not None:
@@ -145,7 +145,9 @@ class SpectralNorm(Transform):
             gain = torch.empty((), dtype=opmath(raw.dtype), device=raw.device).copy_(torch.as_tensor(value))
             self.gain = nn.Parameter(gain, requires_grad=self.gain.requires_grad)
         u, v = self._buffers["u"], self._buffers["v"]
-        if u is None or v is None or (u.shape[0], v.shape[0]) != self._sizes(raw):  # else they were loaded
+        if u is not None and v is not None and (u.shape[0], v.shape[0]) == self._sizes(raw):  # they were loaded
+            self._store(*(x.to(raw.device, opmath(raw.dtype)) for x in (u, v)))
+        else:
             self._draw(raw, n_iter)
         self.attached = True
 
@@ -206,8 +208,9 @@ class SpectralNorm(Transform):
                 self.gain.fill_(self.fixed_gain)
 
     def state(self) -> tuple[Tensor, ...]:
-        tensors = self._buffers["u"], self._buffers["v"], self.gain
-        return tuple(t for t in tensors if t is not None)
+        u, v = self._buffers["u"], self._buffers["v"]
+        vectors = () if u is None or v is None else (u, v)
+        return vectors if self.gain is None else (*vectors, self.gain)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
         before = self._buffers["u"], self._buffers["v"]
@@ -230,10 +233,9 @@ class SpectralNorm(Transform):
         for name in ("u", "v"):
             loaded, own = state_dict.get(prefix + name), self._buffers[name]
             if isinstance(loaded, Tensor):
-                dtype = opmath(loaded.dtype) if own is None else own.dtype
-                state_dict[prefix + name] = loaded.to(dtype)
+                state_dict[prefix + name] = loaded = loaded.to(opmath(loaded.dtype))
                 if own is None and not self.attached:  # used on its own: the state comes before the weight
-                    self._buffers[name] = torch.empty_like(loaded, dtype=dtype)
+                    self._buffers[name] = torch.empty_like(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def adopt_state_dict(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
@@ -331,15 +333,14 @@ class SpectralNorm(Transform):
 
 
 def _commit(vectors: list[Tensor], state: Tensor) -> None:
-    """Copy each (u, v, ...) out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
-    u, v = vectors
-    parts = state.split_with_sizes([u.shape[0], v.shape[0], 1])
+    """Copy [u, v] out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
+    parts = state.split_with_sizes([*(x.shape[0] for x in vectors), 1])
     torch._foreach_copy_(vectors, parts[:2])
 
 
 def _may_write() -> bool:
     """Not inside torch.func transforms or under fake tensors: there the state is read and never written."""
-    return torch.compiler.is_compiling() or not (functorch_active() or fake_or_proxy_mode())
+    return not functorch_active() and (torch.compiler.is_compiling() or not fake_or_proxy_mode())
 
 
 def spectral_norm(
