@@ -229,6 +229,65 @@ def test_the_drop_in(data):
         check_normalized(module, name)
 
 
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def mixed_model() -> nn.Module:
+    """Two dtypes and two devices."""
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"), nn.Linear(3, 3).double(), nn.Linear(3, 3))
+
+
+MODELS = (
+    small_model,
+    mixed_model,
+    lambda: nn.Linear(3, 4),
+    lambda: nn.ReLU(),
+    lambda: nn.Linear(3, 4, dtype=torch.cfloat),
+)
+TRANSFORMS = (wx.SpectralNorm, lambda module, path: wx.SpectralNorm(), lambda module, path: None)
+WRONG = (wx.SpectralNorm(), nn.Linear, lambda module, path: 3, lambda: wx.SpectralNorm(), torch.ones(2), dict)
+
+
+@few
+@hypothesis.given(data=st.data())
+def test_constrain(data):
+    argument = Arguments(data, "model", "transform", "include", "exclude", "bucket_bytes", *OPTIONS)
+    model = argument("model", st.sampled_from(MODELS).map(lambda make: make()))
+    transform = argument("transform", st.sampled_from(TRANSFORMS), st.sampled_from(WRONG))
+    patterns = st.none() | st.lists(st.sampled_from(["*", "0", "4", "*.weight", "2"]), max_size=2)
+    wrong = st.just(["no such layer"]) | st.just("0") | st.just([3])
+    keywords = {
+        "include": argument("include", patterns, wrong),
+        "exclude": argument("exclude", st.none() | st.just(["2"]), wrong),
+        "bucket_bytes": argument("bucket_bytes", st.sampled_from([1, 100, 2**25]), st.integers(-2, 0)),
+    }
+    chosen = data.draw(st.sets(st.sampled_from(["bound", "eps", "order", "dim"]), max_size=1), "options")
+    keywords |= {name: argument(name, *OPTIONS[name]) for name in sorted(chosen)}
+    snapshots = [Snapshot(m) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        result = wx.constrain(model, transform, **keywords)
+    except DOCUMENTED:
+        for snapshot in snapshots:
+            snapshot.check()
+    else:
+        assert result is model
+        for module in model.modules():
+            if wx.is_computed(module, "weight"):
+                check_normalized(module, "weight")
+
+
+def test_a_group_of_mixed_devices_and_dtypes():
+    """Members that cannot share a call are computed apart."""
+    model = wx.constrain(mixed_model(), wx.SpectralNorm)
+    torch.manual_seed(0)
+    for layer in model:
+        check_normalized(layer, "weight")
+    first, second, third, _ = model
+    assert second.weight.is_meta and third.weight.dtype == torch.float64
+    assert torch.linalg.matrix_norm(first.weight.detach(), 2).item() == pytest.approx(1, abs=0.2)
+
+
 @few
 @hypothesis.given(weight=weights(), n=st.integers(0, 3), order=st.sampled_from(["u_first", "v_first"]), dim=axes)
 def test_sigma_is_never_above_the_norm(weight, n, order, dim):
