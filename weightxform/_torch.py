@@ -15,8 +15,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def functorch_active() -> bool:
-    """Inside ``torch.func.grad``, ``vmap``, ...? Reads as True under Dynamo: ask ``torch.compiler.is_compiling`` first."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Inside ``torch.func.grad``, ``vmap``, ...? Dynamo knows the answer of this call (not that of its likes)."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def fake_or_proxy_mode() -> bool:

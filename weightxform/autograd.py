@@ -38,6 +38,11 @@ def dense(dout: Tensor) -> Tensor:
     return dout.to_dense() if not torch.compiler.is_compiling() and dout.layout != torch.strided else dout
 
 
+def inlined() -> bool:
+    """Under ``torch.func`` inside ``torch.compile``: Dynamo drops the backward of a Function there, without a word."""
+    return torch.compiler.is_compiling() and functorch_active()
+
+
 def joined(function: Any) -> Any:
     """``function`` (a Function class) with ``forward`` and ``setup_context`` in one: faster, unknown to torch.func."""
 

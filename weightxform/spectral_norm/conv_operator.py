@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autograd import dense, guard, joined, through_ops, variant
+from ..autograd import dense, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from ..registry import Case, Op, register
 from ..transform import describe
@@ -354,6 +354,13 @@ def _differentiable_backward(dout: Tensor, weight: Tensor, state: Tensor, gain: 
     return dweight.to(weight.dtype), s * radial
 
 
+def _inline(weight, u, v, gain, geometry, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
+    """:func:`apply_conv` in torch ops that every transform of ``torch.func`` sees through."""
+    _, state = forward(weight.detach(), u.detach(), v.detach(), None, *geometry, n_iter, eps, v_first, None, None)
+    w, s, _, _ = _linear(weight, state, Geometry(*geometry), bound)
+    return (w * (s if gain is None else s * gain)).to(out_dtype or weight.dtype), state
+
+
 ConvNormJoined = joined(ConvNormEager)
 
 
@@ -370,5 +377,7 @@ def apply_conv(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(out, state [h + w + 1]) of the weight of a convolution, differentiable in weight and gain."""
+    if inlined():
+        return _inline(weight, u, v, gain, geometry, n_iter, eps, v_first, bound, out_dtype)
     function = variant(ConvNormFunction, ConvNormEager, ConvNormJoined)
     return function.apply(weight, u, v, gain, tuple(geometry), n_iter, eps, v_first, bound, out_dtype)

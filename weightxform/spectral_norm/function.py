@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import dense, guard, joined, through_ops, variant
+from ..autograd import dense, guard, inlined, joined, through_ops, variant
+from ..numerics import opmath
 from . import reference
 from .op import spectral_norm_bwd, spectral_norm_bwd_list, spectral_norm_fwd, spectral_norm_fwd_list, state_size
 
@@ -85,11 +86,22 @@ class SpectralNormEager(SpectralNormFunction):
         return tangent.to(ctx.weight.dtype), None
 
 
+def _inline(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
+    """:func:`apply` in torch ops that every transform of ``torch.func`` sees through."""
+    raw = weight.to(opmath(weight.dtype))
+    w = reference.as_matrix(raw, dim).detach()
+    u, v = reference.iterate(w, u.to(raw.dtype).detach(), v.to(raw.dtype).detach(), n_iter, eps, v_first)
+    out = reference.apply(raw, u, v, gain, dim, bound).to(out_dtype or weight.dtype)
+    return out, torch.cat([u, v, (u @ (w @ v)).reshape(1)])
+
+
 SpectralNormJoined = joined(SpectralNormEager)
 
 
 def apply(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
     """(out, state) for one weight, differentiable in weight and gain; see ``reference.py`` for the maths."""
+    if inlined():
+        return _inline(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype)
     function = variant(SpectralNormFunction, SpectralNormEager, SpectralNormJoined)
     return function.apply(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype)
 
@@ -173,6 +185,11 @@ def apply_list(
     out_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor]:
     """(outs, state) for many weights of one dtype and device in one call; gains is empty or one a member."""
+    if inlined():
+        gained: Sequence[Tensor | None] = gains or [None] * len(weights)
+        members = zip(weights, us, vs, gained, dims, n_iters, strict=True)
+        results, states = zip(*(_inline(*m, eps, v_first, bound, out_dtype) for m in members), strict=True)
+        return list(results), torch.cat(states)
     options = (tuple(dims), tuple(n_iters), eps, v_first, bound, out_dtype)
     function = variant(SpectralNormListFunction, SpectralNormListFunction, SpectralNormListJoined)
     *outs, state = function.apply(options, list(us), list(vs), *weights, *gains)

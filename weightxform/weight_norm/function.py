@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import dense, guard, joined, through_ops, variant
+from ..autograd import dense, guard, inlined, joined, through_ops, variant
+from ..numerics import opmath
 from . import reference
 from .op import weight_norm_bwd, weight_norm_fwd
 
@@ -81,4 +82,8 @@ WeightNormJoined = joined(WeightNormEager)
 
 def apply(weight: Tensor, g: Tensor, dim: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """(out, norms), differentiable in weight and g; see ``reference.py`` for the maths."""
+    if inlined():
+        raw = weight.to(opmath(weight.dtype))
+        out = reference.apply(raw, g.to(raw.dtype), dim).to(out_dtype or weight.dtype)
+        return out, reference.row_norms(raw, dim).detach()
     return variant(WeightNormFunction, WeightNormEager, WeightNormJoined).apply(weight, g, dim, out_dtype)
