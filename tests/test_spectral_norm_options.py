@@ -7,7 +7,21 @@ import warnings
 
 import pytest
 import torch
-from spectral_norm_layers import LAYERS, axis, input_for, like, make, norm_of, put, raw, transform, vectors, write
+from spectral_norm_layers import (
+    LAYERS,
+    assert_same_state,
+    axis,
+    input_for,
+    like,
+    make,
+    norm_of,
+    put,
+    raw,
+    state_of,
+    transform,
+    vectors,
+    write,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -207,6 +221,25 @@ def test_compiled_equals_eager(options):
             found += [out, *torch.autograd.grad(out, list(module.parameters()), like(out, step))]
         results.append((*found, *vectors(module)))
     assert_close(results[0], results[1], **EXACT)
+
+
+@pytest.mark.parametrize("options", [{"bound": 0.3, "gain": 1.5}, {"operator": "conv", "input_size": (5, 5)}])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_torch_func_equals_eager(options, training):
+    """torch.func.grad inside torch.compile, of a weight and a vector; neither writes the state."""
+    module = put(put(make("conv2d"), "computed", **options), "computed", name="bias").train(training)
+    x = input_for(module)
+    g = like(module(x).detach())
+    before = state_of(module)
+    values = {name: value.detach() + 0.1 for name, value in module.named_parameters()}
+
+    def loss(values):
+        return (torch.func.functional_call(module, values, (x,)) * g).sum()
+
+    eager = torch.func.grad(loss)(values)
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(values)
+    assert_close(compiled, eager, **EXACT)
+    assert_same_state(module, before)
 
 
 def test_exported_equals_eager():
