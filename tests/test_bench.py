@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import weightxform as wx
 from weightxform.__main__ import main
 from weightxform.bench import case as cases
-from weightxform.bench import footprint, gate, measure, models, rooms, suite, summary, timing, tuned
+from weightxform.bench import footprint, gate, measure, models, report, rooms, suite, summary, timing, tuned
 from weightxform.bench.rooms import spectral_norm
 from weightxform.registry import OPS
 
@@ -256,7 +257,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert text in printed
 
     result = json.loads((tmp_path / "a" / "out.json").read_text())
-    assert set(result) == {"schema", "machine", "gate", "cases", "summary"}
+    assert set(result) == {"schema", "machine", "gate", "cases", "summary", "noisy"}
     assert result["schema"] == 1
     assert result["machine"]["threads"] == 1
     assert result["gate"]["passed"]
@@ -454,6 +455,13 @@ def test_verdicts() -> None:
     text = "\n".join(map(str, found))
     assert "slowest case against the best torch.compile: 0.90x (target >= 1, at large) MISSED" in text
     assert "slowest case against torch: 2.00x (target >= 1, at large) met" in text
+
+
+def test_a_busy_machine_is_named(capsys: pytest.CaptureFixture) -> None:
+    found = summary.noisy([{"name": n, "aa": aa} for n, aa in (("a", 1.1), ("b", 0.5), ("c", 1.3), ("d", None))])
+    assert found == ["b", "c"]
+    report.show_verdicts(Console(width=120), [], found)
+    assert "too busy for b, c" in capsys.readouterr().out
 
 
 def test_verdicts_of_nothing_are_not_met() -> None:

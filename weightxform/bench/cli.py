@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument("--quick", action="store_true", help="four cases, short runs: a minute or two")
-    parser.add_argument("--seconds", type=float, help="timing of one case; 10, or 3 with --quick")
+    parser.add_argument("--seconds", type=float, help="timing of one case; 6, or 2 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratio.png and roofline.png there")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             return _refuse(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    seconds = args.seconds if args.seconds is not None else 3.0 if args.quick else 10.0
+    seconds = args.seconds if args.seconds is not None else 2.0 if args.quick else 6.0
     if not seconds > 0:
         return _refuse(f"--seconds must be positive, got {seconds}")
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             cases.append(measure(room, case, options))
         except GateError as e:
-            console.print(f"WRONG {e}: nothing is timed", style="bold red", highlight=False)
+            console.print(f"WRONG {e}: stopped, no result", style="bold red", highlight=False)
             return 1
         for row in cases[-1]["variants"]:
             if row["name"] in peaks.get(case.name, {}):
@@ -105,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
 
     found = summary.verdicts(cases)
     report.show_overview(console, cases)
-    report.show_verdicts(console, found)
+    noisy = summary.noisy(cases)
+    report.show_verdicts(console, found, noisy)
     result = {
         "schema": SCHEMA, "machine": machine, "gate": {"cases": len(gate), "passed": True},
-        "cases": cases, "summary": summary.as_json(found),
+        "cases": cases, "summary": summary.as_json(found), "noisy": noisy,
     }  # fmt: skip
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,11 @@ def show_overview(console: Console, cases: list[dict[str, Any]]) -> None:
     console.print("\n".join(notes), highlight=False)
 
 
-def show_verdicts(console: Console, found: list[Verdict]) -> None:
+def show_verdicts(console: Console, found: list[Verdict], noisy: list[str]) -> None:
     console.print()
+    if noisy:
+        text = f"the machine was too busy for {', '.join(noisy)} (A/A): nothing below that rests on them can be trusted"
+        console.print(text, style="bold yellow", highlight=False)
     for verdict in found:
         style = "dim" if verdict.met is None else "green" if verdict.met else "bold red"
         console.print(str(verdict), style=style, highlight=False)

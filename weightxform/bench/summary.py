@@ -70,5 +70,10 @@ def verdicts(cases: list[dict[str, Any]]) -> list[Verdict]:
     ]  # fmt: skip
 
 
+def noisy(cases: list[dict[str, Any]]) -> list[str]:
+    """Cases in which the same code timed against itself differs by more than a quarter: their ratios say nothing."""
+    return [c["name"] for c in cases if c["aa"] is not None and not 0.8 <= c["aa"] <= 1.25]
+
+
 def as_json(found: list[Verdict]) -> list[dict[str, Any]]:
     return [asdict(v) for v in found]

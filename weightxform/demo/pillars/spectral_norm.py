@@ -68,7 +68,7 @@ def contenders(seed: int, dtype: torch.dtype) -> dict[str, gan.Contender]:
     }
     models |= {"torch, last bit": nudged, "unconstrained": (generator, plain)}
     once = {name: parametrize.cached if name.startswith("torch") else nullcontext for name in models}
-    return {name: gan.Contender(name, *pair, once[name]) for name, pair in models.items()}
+    return {name: gan.Contender(name, *pair, once=once[name]) for name, pair in models.items()}
 
 
 class Batches:
