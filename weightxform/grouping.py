@@ -223,17 +223,22 @@ class Group:
     def begin(self, model: nn.Module, args: object) -> None:
         if not self.linked:
             self.link()
-        if torch.compiler.is_compiling():
+        if _compiling():
             self._set_open(True)
 
     def end(self, model: nn.Module, args: object, output: object) -> None:
-        if torch.compiler.is_compiling():
+        if _compiling():
             self._set_open(False)
 
     def _set_open(self, is_open: bool) -> None:
         self.is_open = is_open
         for bucket in self.buckets:
             bucket.values = None
+
+
+def _compiling() -> bool:
+    """Not for an export, where a scope would be a side effect: members are computed alone there."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 class Bucket:
@@ -272,7 +277,7 @@ class Bucket:
     def _stale(self, module: nn.Module, name: str) -> Job | None:
         """The computation that a member needs now, if it does and may be done early."""
         slot = slots_of(module).get(name)
-        if slot is None or slot.bucket is not self:
+        if slot is None or slot.bucket is not self or slot.compiled:
             return None
         raw, transform = module._parameters.get(name), module._modules[child_name(name)]
         if type(raw) is not nn.Parameter or transform is None:

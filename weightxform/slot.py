@@ -131,6 +131,7 @@ class Slot:
         self.home: weakref.ref[Tensor] | None = None
         self.bucket: Bucket | None = None
         self.index = 0  # in the bucket
+        self.compiled = False
         self.forwards = 0
         self.hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -191,8 +192,10 @@ class Slot:
         """Under ``torch.compile`` and ``torch.export``: part of the graph, computed and advanced at every read."""
         if raw is None and not self.owner:
             return None
-        if self.bucket is not None and self.bucket.group.is_open:
-            return self.bucket.traced(self)
+        if self.bucket is not None and not torch.compiler.is_exporting():
+            if self.bucket.group.is_open:
+                return self.bucket.traced(self)
+            self.compiled = True  # a compiled part of an eager model: the others must not advance it as well
         return evaluate(transform, raw, transform.training)
 
     def _miss(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module) -> Tensor | None:
