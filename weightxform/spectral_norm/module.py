@@ -315,7 +315,8 @@ class SpectralNorm(Transform):
     def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
         first = transforms[0]
         us, vs = (list(x) for x in zip(*(t._vectors(r) for t, r in zip(transforms, raws, strict=True)), strict=True))
-        gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
+        every_gain = [t._gain_tensor(r) for t, r in zip(transforms, raws, strict=True)]
+        gains = [g for g in every_gain if g is not None]
         dims = [t._axis(r) for t, r in zip(transforms, raws, strict=True)]
         n_iters = [t.n_power_iterations if a else 0 for t, a in zip(transforms, advance, strict=True)]
         for i, n_iter in enumerate(n_iters):
