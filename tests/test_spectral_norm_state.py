@@ -448,6 +448,61 @@ def test_a_vector_of_the_wrong_size_is_reported():
     assert torch.equal(vectors(module)[0], before[0])
 
 
+@style
+@pytest.mark.parametrize("order", ["u_first", "v_first"])
+def test_a_loaded_module_goes_on_as_the_saved_one(style, order):
+    """Train, eval, train, eval after loading into a module that was wrapped anew."""
+    module = put(make("conv2d"), style, order=order)
+    x = input_for(module)
+    for step in range(3):
+        write(module, seed=step)
+        module(x)
+    twin = put(make("conv2d", seed=5), style, seed=6, order=order)
+    twin.load_state_dict(module.state_dict(), strict=True)
+    for step, training in enumerate((True, False, True, False)):
+        outs = []
+        for m in (module, twin):
+            write(m, seed=step)
+            outs.append(m.train(training)(x))
+        assert_close(*outs, **EXACT)
+
+
+@style
+def test_strict_loading_reports_each_key(style):
+    module = put(make("linear"), style)
+    for key in module.state_dict():
+        rest = {k: v for k, v in module.state_dict().items() if k != key}
+        result = put(make("linear"), style).load_state_dict(rest, strict=False)
+        assert not result.unexpected_keys and set(result.missing_keys) <= {key}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*nonsense"):
+        module.load_state_dict({**module.state_dict(), "nonsense": torch.ones(1)})
+
+
+@style
+@pytest.mark.parametrize("training", [True, False])
+def test_the_transform_follows_the_mode_of_its_module(style, training):
+    module = put(make("linear").train(training), style)
+    assert transform(module).training == training
+    module.train(not training)
+    assert transform(module).training != training
+
+
+@style
+def test_conversion_by_swapping_parameters(style):
+    module = put(make("linear", torch.float32), style)
+    module(input_for(module))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to(torch.bfloat16)
+        module.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert {t.dtype for t in (raw(module), *vectors(module))} == {torch.float64}
+    out = module(input_for(module))
+    out.backward(like(out))
+    assert raw(module).grad.dtype == torch.float64
+
+
 def test_not_attached():
     with pytest.raises(RuntimeError, match="not attached to a weight yet"):
         wx.SpectralNorm().compute(torch.ones(3, 3), True)
