@@ -101,12 +101,10 @@ def _environment() -> dict[str, str]:
         subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in ("libasan.so", "libstdc++.so")
     ]
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(p.strip() for p in libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # CPython and torch keep what they allocate at import
-        "PYTHONPATH": path,
     }
 
 
