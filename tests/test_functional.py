@@ -57,7 +57,9 @@ def test_gradient_equals_autograd_of_the_formula(shape, dim, options) -> None:
     weight, u, v = inputs(shape, dim)
     options, gain = with_gain(options)
     extra = {"gain": gain[0]} if gain else {}
-    out, new_u, new_v, sigma = wx.functional.spectral_norm(weight, u, v, dim=dim, n_power_iterations=2, **options, **extra)
+    out, new_u, new_v, sigma = wx.functional.spectral_norm(
+        weight, u, v, dim=dim, n_power_iterations=2, **options, **extra
+    )
     formula = reference.apply(weight, new_u, new_v, gain[0] if gain else None, dim, options.get("bound"))
     torch.testing.assert_close(out, formula)
     torch.testing.assert_close(sigma, new_u @ (reference.as_matrix(weight, dim) @ new_v))
@@ -284,3 +286,45 @@ def test_more_than_two_to_the_31_elements() -> None:
     torch.testing.assert_close(new_v[-3:], torch.tensor([0.6, 0.0, 0.8]))
     torch.testing.assert_close(out[-1, -3:].float(), torch.tensor([0.6, 0.0, 0.8]), rtol=4e-3, atol=0)
     assert not out[:-1].any()
+
+
+def test_bare_ops_differentiate_as_their_functions() -> None:
+    """What torch leaves in the graph of an exported program. ``wx.functional`` and the modules never call them so."""
+    members = [inputs(shape, dim) for shape, dim in SHAPES[:3]]
+    weights, us, vs = map(list, zip(*members, strict=True))
+    gains = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 1.0, 2.0)]
+    options = [0, 1, 0], [1, 0, 2], 1e-12, False, None, None
+    upstream = [torch.randn_like(w) for w in weights]
+    op = OPS["spectral_norm_fwd_list"]
+    for overload in (op.default, op.reference_overload):
+        outs, _ = overload(weights, us, vs, gains, *options)
+        theirs, _ = apply_list(weights, us, vs, gains, *options)
+        for got, expected in zip(
+            *(torch.autograd.grad(o, weights + gains, upstream) for o in (outs, theirs)), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+    single = weights[0], us[0], vs[0], gains[0], 0, 1, 1e-12, False, None, None
+    for got, expected in zip(
+        *(
+            torch.autograd.grad(f(*single)[0], [weights[0], gains[0]], upstream[0])
+            for f in (OPS["spectral_norm_fwd"].default, apply)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("transform", [wx.SpectralNorm, wx.WeightNorm])
+def test_an_exported_program_trains(transform: type) -> None:
+    layer = torch.nn.Linear(6, 4).double()
+    layer.weight = wx.ComputedParameter(layer.weight, transform())
+    layer.eval()
+    x, upstream = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    layer(x).backward(upstream)
+    expected = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    program = torch.export.export(layer, (x,)).module()
+    program(x).backward(upstream)
+    got = dict(program.named_parameters())
+    for (name, _), g in zip(layer.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(got[name].grad, g)

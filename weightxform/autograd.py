@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._torch import functorch_active
+from .registry import LIBRARY, Op
 from .versions import Unchanged
 
 
@@ -41,6 +42,18 @@ def dense(dout: Tensor) -> Tensor:
 def inlined() -> bool:
     """Under ``torch.func`` inside ``torch.compile``: Dynamo drops the backward of a Function there, without a word."""
     return torch.compiler.is_compiling() and functorch_active()
+
+
+def differentiable(op: Op, function: Any) -> None:
+    """Let the bare ``op`` differentiate as ``function`` does, whose arguments and outputs are those of the op.
+
+    For graphs in which torch leaves the op alone, without the Function around it: a program that was exported and is
+    trained. Without it the gradient would be missing there, with no more than a warning.
+    """
+    for name in (op.name, f"{op.name}.reference"):
+        torch.library.register_autograd(
+            f"weightxform::{name}", function.backward, setup_context=function.setup_context, lib=LIBRARY
+        )
 
 
 def joined(function: Any) -> Any:

@@ -51,11 +51,15 @@ class Op:
     reference_overload: Any = field(init=False)
 
     def __call__(self, *args: Any) -> Any:
+        """Call the op below autograd: a room's Function is what differentiates (under Dynamo, in the graph)."""
+        if torch.compiler.is_compiling():
+            return self._call(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._call(*args)
+
+    def _call(self, *args: Any) -> Any:
         if backends.forced is None:
             return self.default(*args)
-        return self._forced(*args)
-
-    def _forced(self, *args: Any) -> Any:
         call = backends.forced_call(self.name, self.default, self.reference_overload, self.triton)
         name = backends.forced
         if name in backends.DEVICES:

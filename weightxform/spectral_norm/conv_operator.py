@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autograd import dense, guard, inlined, joined, through_ops, variant
+from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from ..registry import Case, Op, register
 from ..transform import describe
@@ -362,6 +362,7 @@ def _inline(weight, u, v, gain, geometry, n_iter, eps, v_first, bound, out_dtype
 
 
 ConvNormJoined = joined(ConvNormEager)
+differentiable(spectral_norm_conv_fwd, ConvNormFunction)
 
 
 def apply_conv(

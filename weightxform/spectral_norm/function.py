@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import dense, guard, inlined, joined, through_ops, variant
+from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import spectral_norm_bwd, spectral_norm_bwd_list, spectral_norm_fwd, spectral_norm_fwd_list, state_size
@@ -96,6 +96,7 @@ def _inline(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> 
 
 
 SpectralNormJoined = joined(SpectralNormEager)
+differentiable(spectral_norm_fwd, SpectralNormFunction)
 
 
 def apply(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,6 @@ class SpectralNormListFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         douts = grads[:-1]
         n = len(douts)
-        if ctx.unchanged is not None:
-            ctx.unchanged.check()
         offsets, at = [], 0
         for weight, dim in zip(ctx.weights, ctx.dims, strict=True):
             offsets.append(at)
@@ -141,6 +140,8 @@ class SpectralNormListFunction(torch.autograd.Function):
         used = [i for i in range(n) if douts[i] is not None]
         if not used:
             return (None,) * (3 + n + len(ctx.gains))
+        if ctx.unchanged is not None:  # of the members that are used: the others may have been written
+            ctx.unchanged.check([*used, *(n + i for i in used if ctx.gains)])
         dweights: list[Tensor | None] = [None] * n
         dgains: list[Tensor | None] = [None] * len(ctx.gains)
         if through_ops():
@@ -172,6 +173,26 @@ class SpectralNormListFunction(torch.autograd.Function):
 SpectralNormListJoined = joined(SpectralNormListFunction)
 
 
+class _ListOp:
+    """The same with the arguments and outputs of the op, which are lists."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weights, us, vs, gains, dims, *rest = inputs
+        outs, state = output
+        flat = ((dims, *rest), us, vs, *weights, *gains)
+        SpectralNormListFunction.setup_context(ctx, flat, (*outs, state))
+
+    @staticmethod
+    def backward(ctx, douts, dstate):
+        n = len(ctx.weights)
+        _, _, _, *grads = SpectralNormListFunction.backward(ctx, *douts, dstate)
+        return (grads[:n], [None] * n, [None] * n, grads[n:], *(None,) * 6)
+
+
+differentiable(spectral_norm_fwd_list, _ListOp)
+
+
 def apply_list(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -191,6 +212,11 @@ def apply_list(
         results, states = zip(*(_inline(*m, eps, v_first, bound, out_dtype) for m in members), strict=True)
         return list(results), torch.cat(states)
     options = (tuple(dims), tuple(n_iters), eps, v_first, bound, out_dtype)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # Dynamo miscounts the arguments of *tensors there
+        outs, state = spectral_norm_fwd_list(
+            list(weights), list(us), list(vs), list(gains), list(dims), list(n_iters), eps, v_first, bound, out_dtype
+        )
+        return outs, state
     function = variant(SpectralNormListFunction, SpectralNormListFunction, SpectralNormListJoined)
     *outs, state = function.apply(options, list(us), list(vs), *weights, *gains)
     return outs, state

@@ -143,7 +143,9 @@ def _upstream(weight: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
 
 def _case_fwd_list(names: tuple[str, ...], options: dict) -> Case:
     def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> tuple:
-        weights, us, vs, gains, dims, n_iters, *_ = zip(*_members(names, options, dtype, device, generator), strict=True)
+        weights, us, vs, gains, dims, n_iters, *_ = zip(
+            *_members(names, options, dtype, device, generator), strict=True
+        )
         gains = tuple(g for g in gains if g is not None)
         flags = options.get("v_first", False), options.get("bound"), None
         return list(weights), list(us), list(vs), list(gains), list(dims), list(n_iters), 1e-12, *flags
@@ -199,7 +201,9 @@ spectral_norm_bwd = register(
         schema="(Tensor dout, Tensor weight, Tensor state, Tensor? gain, int dim, float? bound) -> (Tensor, Tensor)",
         reference=reference.backward,
         fake=_fake_bwd,
-        cases={name: case for name, case in _cases(_case_bwd).items() if name != "one_element"}  # its dW is exactly zero
+        cases={
+            name: case for name, case in _cases(_case_bwd).items() if name != "one_element"
+        }  # its dW is exactly zero
         | {"autocast": _case_bwd((24, 40), 0, "contiguous", {}, torch.bfloat16)},
         bytes_moved=_bytes_bwd,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import dense, guard, inlined, joined, through_ops, variant
+from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import weight_norm_bwd, weight_norm_fwd
@@ -53,7 +53,8 @@ class WeightNormFunction(torch.autograd.Function):
             return tensor if d is None else tensor.select(d, i)
 
         members = [
-            apply(member(weight, in_dims[0], i), member(g, in_dims[1], i), dim, out_dtype) for i in range(info.batch_size)
+            apply(member(weight, in_dims[0], i), member(g, in_dims[1], i), dim, out_dtype)
+            for i in range(info.batch_size)
         ]
         outs, norms = zip(*members, strict=True)
         return (torch.stack(outs), torch.stack(norms)), (0, 0)
@@ -78,6 +79,7 @@ class WeightNormEager(WeightNormFunction):
 
 
 WeightNormJoined = joined(WeightNormEager)
+differentiable(weight_norm_fwd, WeightNormFunction)
 
 
 def apply(weight: Tensor, g: Tensor, dim: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

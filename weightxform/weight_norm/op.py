@@ -36,7 +36,9 @@ def _case_bwd(*row) -> Case:
         weight, g, dim, out_dtype = _case_fwd(*row)(dtype, device, generator)
         _, norms = reference.forward(weight, g, dim, None)
         noise = torch.randn(*weight.shape, generator=generator, dtype=torch.float64).to(device)
-        dout = (noise + weight.double()).to(out_dtype or dtype)  # a part along the weight, so that <dout, v> does not cancel
+        dout = (noise + weight.double()).to(
+            out_dtype or dtype
+        )  # a part along the weight, so that <dout, v> does not cancel
         return dout, weight, g, norms, dim
 
     return make
@@ -65,7 +67,9 @@ weight_norm_fwd = register(
         reference=reference.forward,
         fake=_fake_fwd,
         cases={name: _case_fwd(*row) for name, row in _CASES.items()},
-        bytes_moved=lambda weight, g, dim, out_dtype: weight.nbytes + weight.numel() * (out_dtype or weight.dtype).itemsize,
+        bytes_moved=lambda weight, g, dim, out_dtype: (
+            weight.nbytes + weight.numel() * (out_dtype or weight.dtype).itemsize
+        ),
     )
 )
 
@@ -75,7 +79,9 @@ weight_norm_bwd = register(
         schema="(Tensor dout, Tensor weight, Tensor g, Tensor norms, int dim) -> (Tensor, Tensor)",
         reference=reference.backward,
         fake=_fake_bwd,
-        cases={name: _case_bwd(*row) for name, row in _CASES.items() if name != "vector"},  # its dweight is exactly zero
+        cases={
+            name: _case_bwd(*row) for name, row in _CASES.items() if name != "vector"
+        },  # its dweight is exactly zero
         bytes_moved=lambda dout, weight, *_: dout.nbytes + 2 * weight.nbytes,
     )
 )

@@ -25,7 +25,11 @@ def per_row(values: Tensor, weight: Tensor, dim: int) -> Tensor:
 
 def row_sums(values: Tensor, dim: int) -> Tensor:
     """The sums of ``values`` over all axes but ``dim``: [h]."""
-    return values.movedim(dim, 0).reshape(values.shape[dim], -1).sum(1) if values.numel() else values.new_zeros(values.shape[dim])
+    return (
+        values.movedim(dim, 0).reshape(values.shape[dim], -1).sum(1)
+        if values.numel()
+        else values.new_zeros(values.shape[dim])
+    )
 
 
 def row_norms(weight: Tensor, dim: int) -> Tensor:
