@@ -23,10 +23,10 @@ class ComputedParameter(nn.Parameter):
 
         layer.weight = wx.ComputedParameter(layer.weight, wx.SpectralNorm())
 
-    From then on ``layer.weight`` reads the computed tensor. The raw tensor stays where it was: it is the same leaf under
-    the same name in ``layer.parameters()`` and in the ``state_dict``, so optimizers, checkpoints, DDP and
-    ``functional_call`` go on as before. The transform becomes the submodule ``weight_transform``, and its state the keys
-    ``weight_transform.*``.
+    From then on ``layer.weight`` reads the computed tensor. The raw tensor stays where it was: the same leaf under the
+    same name in ``layer.parameters()`` and in the ``state_dict``, so that optimizers, checkpoints, DDP and
+    ``functional_call`` go on as before. The transform becomes the submodule ``weight_transform``, and its state the
+    keys ``weight_transform.*``.
 
     Args:
         raw: the raw tensor: an ``nn.Parameter``, or a leaf tensor, which is made one. A weight that is computed already
@@ -71,14 +71,14 @@ class ComputedParameter(nn.Parameter):
         if not isinstance(transform, nn.Module):
             got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
             raise TypeError(f"ComputedParameter: transform must be a Transform or an nn.Module instance, got {got}")
-        marker: ComputedParameter = torch.Tensor._make_subclass(cls, torch.empty(0), False)  # type: ignore[assignment]
+        marker: ComputedParameter = torch.Tensor._make_subclass(cls, torch.empty(0), False)
         marker.raw, marker.transform = raw, transform  # type: ignore[assignment]
         return marker
 
     def __init__(self, raw: Tensor | nn.Module, transform: nn.Module | None = None) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = "no raw tensor" if self.raw is None else f"raw {tuple(self.raw.shape)}"
         return f"ComputedParameter({shape}, {self.transform})"
 
@@ -108,7 +108,7 @@ def _attach(module: nn.Module, name: str, marker: ComputedParameter) -> Any:
 
 
 class _Vacancy(dict):
-    """Stands in for ``module._parameters`` while torch registers a marker that has no raw tensor: the name stays empty."""
+    """In place of ``module._parameters`` while torch registers a marker with no raw tensor: the name stays empty."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module._parameters)
@@ -149,7 +149,7 @@ def as_raw(raw: Tensor | None) -> nn.Parameter | None:
     if raw is None or isinstance(raw, nn.Parameter):
         return raw
     if raw.grad_fn is not None:
-        raise ValueError("ComputedParameter: raw must be a leaf (an nn.Parameter), got a tensor that is computed already")
+        raise ValueError("ComputedParameter: raw must be a leaf (an nn.Parameter), got a tensor that was computed")
     return nn.Parameter(raw.detach(), requires_grad=raw.requires_grad or raw.is_floating_point() or raw.is_complex())
 
 
@@ -167,7 +167,7 @@ def refuse(module: nn.Module, name: str, raw: Tensor | None, transform: nn.Modul
     if base_of(type(module)) is not type(module) and "__wx_base__" not in vars(type(module)):
         raise ValueError(f"{where}: attach every computed weight before the class is changed (by fully_shard, ...)")
     if is_dtensor(raw) and not getattr(transform, "tensor_parallel", False):
-        raise TypeError(f"{where}: raw is a DTensor; attach before fully_shard, {type(transform).__name__} takes no DTensor")
+        raise TypeError(f"{where}: raw is a DTensor, {type(transform).__name__} takes none; attach before fully_shard")
     if hasattr(module, child_name(name)):
         raise ValueError(f"{where}: the module has a {child_name(name)!r} already, the name that the transform needs")
 
@@ -263,7 +263,7 @@ def _baked(module: nn.Module, name: str, slot: Slot, shared: bool) -> nn.Paramet
     if shared or (raw.shape, raw.dtype) != (value.shape, value.dtype):
         return nn.Parameter(value, requires_grad=raw.requires_grad)
     raw.copy_(value)
-    return raw  # type: ignore[return-value]
+    return raw
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
@@ -284,7 +284,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     with torch.no_grad():
         inverse = evaluate.right_inverse(transform, value.detach())
         if inverse.shape != target.shape:
-            raise ValueError(f"assign: value must give a raw tensor of {tuple(target.shape)}, got {tuple(inverse.shape)}")
+            raise ValueError(f"assign: value must give a raw {tuple(target.shape)}, got {tuple(inverse.shape)}")
         target.copy_(inverse)
     slot.renew(transform, target)
 

@@ -40,7 +40,8 @@ def attach(transform: nn.Module, raw: Tensor | None, module: nn.Module, name: st
     """Let the transform check and create its state; raises before anything is changed."""
     if isinstance(transform, Transform):
         if raw is None:
-            raise TypeError(f"ComputedParameter: {type(transform).__name__} needs a raw tensor: ComputedParameter(raw, transform)")
+            kind = type(transform).__name__
+            raise TypeError(f"ComputedParameter: {kind} needs a raw tensor: ComputedParameter(raw, transform)")
         transform.attach(raw, module, name)
     elif isinstance(transform, nn.Sequential):
         if not len(transform):

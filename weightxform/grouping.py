@@ -22,7 +22,8 @@ from .swap import child_name, slots_of
 from .transform import Transform
 
 _KINDS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding,
+    nn.Linear, nn.Embedding,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 
 
@@ -56,10 +57,10 @@ def constrain(
 
     Args:
         model: its layers are changed in place.
-        transform: a class of transforms, made once a weight with ``**options``; or a function of (module, qualified name
-            of the weight) that returns the transform of this weight, or ``None`` to leave it alone.
-        include, exclude: shell patterns for the qualified name of the layer (``"conv1"``, ``"layer2.*"``) or of its weight
-            (``"*.weight"``); ``*`` matches dots too. Default: all, and none.
+        transform: a class of transforms, made once a weight with ``**options``; or a function of (module, qualified
+            name of the weight) that returns the transform of this weight, or ``None`` to leave it alone.
+        include, exclude: shell patterns for the qualified name of the layer (``"conv1"``, ``"layer2.*"``) or of its
+            weight (``"*.weight"``); ``*`` matches dots too. Default: all, and none.
         bucket_bytes: a bucket ends once it holds this much. Weights of a bucket get their gradients together, so that
             buckets of about DDP's size leave the overlap with communication as it was.
 
@@ -78,16 +79,18 @@ def constrain(
     transforms = _make_transforms(targets, transform, options)
     targets = [t for t in targets if id(t.raw) in transforms]
     if not targets:
-        raise ValueError("constrain: model must have a Linear, Conv, ConvTranspose or Embedding weight, got none to take")
-    for path, module, name in targets:
-        refuse(module, name, module._parameters[name], transforms[id(module._parameters[name])])  # type: ignore[arg-type]
+        raise ValueError("constrain: model must have a Linear, Conv, ConvTranspose or Embedding weight, got none")
+    for target in targets:
+        refuse(target.module, target.name, target.raw, transforms[id(target.raw)])
     _warn_of_ties(model, targets)
     _install(targets, transforms)
     Group.over(model, targets, bucket_bytes)
     return model
 
 
-def _check_arguments(model: object, transform: Any, include: Any, exclude: Any, bucket_bytes: Any, options: dict) -> None:
+def _check_arguments(
+    model: object, transform: Any, include: Any, exclude: Any, bucket_bytes: Any, options: dict[str, Any]
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"constrain: model must be an nn.Module, got {_kind(model)}")
     if isinstance(transform, nn.Module):
@@ -122,8 +125,8 @@ def _choose(targets: list[Target], include: Sequence[str] | None, exclude: Seque
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if not any(t.matches(pattern) for t in targets):
-                there = ", ".join(t.path for t in targets[:8]) + (", ..." if len(targets) > 8 else "")
-                raise ValueError(f"constrain: {argument} pattern {pattern!r} matches no weight; there are: {there or 'none'}")
+                there = (", ".join(t.path for t in targets[:8]) or "none") + (", ..." if len(targets) > 8 else "")
+                raise ValueError(f"constrain: {argument} pattern {pattern!r} matches no weight; there are: {there}")
 
     def wanted(target: Target) -> bool:
         if include is not None and not any(target.matches(p) for p in include):
@@ -143,9 +146,10 @@ def _make_transforms(targets: list[Target], make: Any, options: dict) -> dict[in
         if transform is None:
             continue
         if not isinstance(transform, nn.Module):
-            raise TypeError(f"constrain: transform must return a Transform or None, got {_kind(transform)} for {target.path}")
+            got = f"{_kind(transform)} for {target.path}"
+            raise TypeError(f"constrain: transform must return a Transform or None, got {got}")
         if any(transform is t for t in transforms.values()):
-            raise ValueError(f"constrain: transform must return one of its own for each weight; {target.path} got another's")
+            raise ValueError(f"constrain: transform must give each weight one of its own; {target.path} got another's")
         transforms[id(target.raw)] = transform
     return transforms
 
@@ -156,10 +160,8 @@ def _warn_of_ties(model: nn.Module, targets: list[Target]) -> None:
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if id(parameter) in taken and (id(module), name) not in places:
-                warnings.warn(
-                    f"constrain: {taken[id(parameter)]} is tied to {path}.{name}, which is left out and reads the raw tensor",
-                    stacklevel=3,
-                )
+                other = f"{path}.{name}, which is left out and reads the raw tensor"
+                warnings.warn(f"constrain: {taken[id(parameter)]} is tied to {other}", stacklevel=3)
 
 
 def _install(targets: list[Target], transforms: dict[int, nn.Module]) -> None:
@@ -175,11 +177,11 @@ def _install(targets: list[Target], transforms: dict[int, nn.Module]) -> None:
         if id(raw) in slots:
             slots[id(raw)].users += 1
         slot = slots.setdefault(id(raw), new_slot(module, raw))
-        install(module, name, raw, transforms[id(raw)], slot)  # type: ignore[arg-type]
+        install(module, name, raw, transforms[id(raw)], slot)
 
 
 class Group:
-    """The buckets of one ``constrain``. It lives in the forward hooks of the model, and is copied and pickled with it."""
+    """The buckets of one ``constrain``. It lives in the forward hooks of the model, and is copied with it."""
 
     def __init__(self, buckets: list[list[tuple[nn.Module, str]]]) -> None:
         self.buckets = [Bucket(self, members) for members in buckets]
@@ -225,6 +227,8 @@ class Group:
             self.link()
         if _compiling():
             self._set_open(True)
+            for bucket in self.buckets:  # here, since the first read may be inside an activation checkpoint
+                bucket.values = bucket._compute_traced()
 
     def end(self, model: nn.Module, args: object, output: object) -> None:
         if _compiling():
@@ -277,7 +281,7 @@ class Bucket:
     def _stale(self, module: nn.Module, name: str) -> Job | None:
         """The computation that a member needs now, if it does and may be done early."""
         slot = slots_of(module).get(name)
-        if slot is None or slot.bucket is not self or slot.compiled:
+        if slot is None or slot.bucket is not self or slot.compiled is not None:
             return None
         raw, transform = module._parameters.get(name), module._modules[child_name(name)]
         if type(raw) is not nn.Parameter or transform is None:
@@ -289,9 +293,8 @@ class Bucket:
         return job if slot.keeps(job) else None
 
     def traced(self, slot: Slot) -> Tensor:
-        """Inside a compiled forward of the model: the first read computes the bucket."""
-        if self.values is None:
-            self.values = self._compute_traced()
+        """Inside a compiled forward of the model."""
+        assert self.values is not None
         value = self.values[slot.index]
         assert value is not None
         return value

@@ -1,7 +1,7 @@
 """Many backward passes through one computed tensor, for a computation in plain autograd.
 
-Autograd frees what a graph saved as soon as it was used. A transform written as a Function may keep its state on ``ctx``
-instead; for any other, :func:`retained` puts its graph behind such a Function.
+Autograd frees what a graph saved as soon as it was used. A transform written as a Function may keep its state on
+``ctx`` instead; for any other, :func:`retained` puts its graph behind such a Function.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Retained(torch.autograd.Function):
         return graph.out.detach()
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         graph = ctx.graph
         if dout is None:
             return (None,) * (1 + len(graph.inputs))

@@ -8,8 +8,7 @@ mode. Grad mode is not among them: a weight is always computed with its graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,7 +56,7 @@ class Entry:
     def now(self) -> list[Any]:
         """Equal to ``key`` while nothing was written and no mode changed."""
         raw, kind = self.raw, self.kind
-        key = [
+        key: list[Any] = [
             self.transform.training,
             torch.is_inference_mode_enabled(),
             autocast_dtype(kind),
@@ -131,9 +130,11 @@ class Slot:
         self.home: weakref.ref[Tensor] | None = None
         self.bucket: Bucket | None = None
         self.index = 0  # in the bucket
-        self.compiled = False
+        self.compiled: nn.Module | None = None
         self.forwards = 0
         self.hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.in_forward = False  # of a module that reads the weight several times, under torch.compile
+        self.traced_value: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = "owner", "always_caches", "users", "managed", "captured", "pending"
@@ -192,10 +193,18 @@ class Slot:
         """Under ``torch.compile`` and ``torch.export``: part of the graph, computed and advanced at every read."""
         if raw is None and not self.owner:
             return None
-        if self.bucket is not None and not torch.compiler.is_exporting():
-            if self.bucket.group.is_open:
+        if not torch.compiler.is_exporting():
+            if self.bucket is not None and self.bucket.group.is_open:
                 return self.bucket.traced(self)
-            self.compiled = True  # a compiled part of an eager model: the others must not advance it as well
+            if transform.training:
+                # A compiled part of an eager model: the others of the bucket must not advance it as well. Inside an
+                # activation checkpoint Dynamo refuses this write (of something that is no constant), and so does not
+                # recompute the weight from the state that the forward left behind.
+                self.compiled = transform
+        if self.in_forward:
+            if self.traced_value is None:
+                self.traced_value = evaluate(transform, raw, transform.training)
+            return self.traced_value
         return evaluate(transform, raw, transform.training)
 
     def _miss(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module) -> Tensor | None:
@@ -214,7 +223,7 @@ class Slot:
             return evaluate(transform, raw, transform.training and not in_backward())
         if freezing_trace():
             raise RuntimeError(
-                f"the computed weight {name!r} would become a constant of the trace: wx.bake(model) first, or torch.export"
+                f"the computed {name!r} would become a constant of the trace: wx.bake(model) first, or torch.export"
             )
         self._notice_fsdp(module, raw)
         job = Job(self, module, name, raw, transform, self.advances(raw, transform))
@@ -255,8 +264,10 @@ class Slot:
             self.captured = True  # replays write the raw tensor, and no counter moves
         if job.advance:
             self.advanced = self._stamp(raw)
-        untracked = self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None))
-        self.entry = None if untracked else Entry(job, out, kind, self.keeps(job))
+        if self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None)):
+            self.entry = None
+        else:
+            self.entry = Entry(job, out, kind, self.keeps(job))
 
     # FSDP2
 
@@ -282,27 +293,56 @@ def _forward_begins(module: nn.Module, args: object) -> None:
     for name, slot in module.__dict__["_wx"].items():
         if is_dtensor(module._parameters.get(name)):
             raise RuntimeError(
-                f"{type(module).__name__}.{name} is a DTensor in forward (tensor parallelism), and its transform computes "
-                "on plain tensors"
+                f"{type(module).__name__}.{name} is a DTensor in forward (tensor parallelism), and its transform "
+                "computes on plain tensors"
             )
         slot.forwards += 1
+
+
+def compute(jobs: Sequence[Job]) -> list[Tensor]:
+    """Compute the weights (several of one groupable class in one call) and put them in their slots."""
+    for job in jobs:
+        _prepare(job)
+    with torch.enable_grad():  # whatever the grad mode: one entry serves reads under no_grad and others
+        if saved_tensor_hooks_active():
+            # Hidden from an enclosing activation checkpoint: it counts the tensors that are saved, and in its
+            # recomputation the weight is a cache hit.
+            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                outs = _with_lasting_graphs(jobs)
+        else:
+            outs = _with_lasting_graphs(jobs)
+    for job, out in zip(jobs, outs, strict=True):
+        job.slot.store(job, out)
+    return outs
 
 
 def _same(x: Any) -> Any:
     return x
 
 
-@contextmanager
-def _computing() -> Iterator[None]:
-    """With a graph whatever the grad mode, and hidden from the hooks of an enclosing activation checkpoint.
+def _prepare(job: Job) -> None:
+    slot, raw, transform = job.slot, job.raw, job.transform
+    if raw is not None:
+        versions.watch(raw)
+    for parameter in transform.parameters():
+        versions.watch(parameter)
+    if slot.entry is not None:
+        slot.entry.check_untouched(job.name)
+    if slot.pending is not None:
+        if slot.pending == "always" or not job.advance:
+            reset(transform, raw)
+        slot.pending = None
 
-    A checkpoint counts the tensors that are saved in forward and in the recomputation, where the weight is a cache hit.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        if saved_tensor_hooks_active():
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
-        yield
+
+def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
+    outs = together(jobs)
+    for i, job in enumerate(jobs):
+        if not isinstance(outs[i], Tensor):
+            kind, got = type(job.transform).__name__, type(outs[i]).__name__
+            raise TypeError(f"{kind}: the weight must be a Tensor, got {got}")
+        if not keeps_graph(job.transform):
+            outs[i] = retained(outs[i], job.raw)
+    return outs
 
 
 def together(jobs: Sequence[Job]) -> list[Tensor]:
@@ -312,29 +352,3 @@ def together(jobs: Sequence[Job]) -> list[Tensor]:
         return [evaluate(job.transform, job.raw, job.advance)]
     group: Callable = type(jobs[0].transform).compute_group  # type: ignore[attr-defined]
     return group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])
-
-
-def compute(jobs: Sequence[Job]) -> list[Tensor]:
-    """Compute the weights (several of one groupable class in one call) and put them in their slots."""
-    for slot, _, name, raw, transform, advance in jobs:
-        if raw is not None and not raw.is_inference():
-            versions.watch(raw)
-        for t in transform._parameters.values():
-            if t is not None:
-                versions.watch(t)
-        if slot.pending is not None:
-            if slot.pending == "always" or not advance:
-                reset(transform, raw)
-            slot.pending = None
-        if slot.entry is not None:
-            slot.entry.check_untouched(name)
-    with _computing():
-        outs = together(jobs)
-        for i, job in enumerate(jobs):
-            if not isinstance(outs[i], Tensor):
-                raise TypeError(f"{type(job.transform).__name__}: the weight must be a Tensor, got {type(outs[i]).__name__}")
-            if not keeps_graph(job.transform):
-                outs[i] = retained(outs[i], job.raw)
-    for job, out in zip(jobs, outs, strict=True):
-        job.slot.store(job, out)
-    return outs

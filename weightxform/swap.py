@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -78,13 +79,33 @@ def swapped(base: type, names: tuple[str, ...]) -> type:
             members |= {"flatten_parameters": _nothing, "_update_flat_weights": _nothing}
             if base.__setattr__ is nn.RNNBase.__setattr__:  # it reads _flat_weights, and so every weight
                 members["__setattr__"] = nn.Module.__setattr__
+        if issubclass(base, nn.MultiheadAttention):
+            members["forward"] = _reading_once(base)
         _classes[key] = type(base.__name__, (base,), members)
     return _classes[key]
 
 
+def _reading_once(base: Any) -> Callable:
+    """Attention asks for its weight several times in a forward, and under ``torch.compile`` each read would advance."""
+
+    @wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return base.forward(self, *args, **kwargs)
+        slots = slots_of(self)
+        for slot in slots.values():
+            slot.in_forward, slot.traced_value = True, None
+        output = base.forward(self, *args, **kwargs)
+        for slot in slots.values():
+            slot.in_forward, slot.traced_value = False, None
+        return output
+
+    return forward
+
+
 def _rebuild(base: type, names: tuple[str, ...]) -> nn.Module:
     cls = swapped(base, names)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 def _weight(name: str) -> property:
@@ -105,8 +126,8 @@ def _weight(name: str) -> property:
             return
         raise RuntimeError(
             f"{type(self).__name__}.{name} is computed: wx.assign(module, {name!r}, value) sets it, wx.bake(module, "
-            f"{name!r}) makes it plain. If this came from an old hook (torch.nn.utils.weight_norm, spectral_norm), that "
-            "hook has removed the parameter already and the module is broken."
+            f"{name!r}) makes it plain. If this came from an old hook (torch.nn.utils.weight_norm, spectral_norm), "
+            "that hook has removed the parameter already and the module is broken."
         )
 
     return property(not_compiled_alone(read), write, doc=f"computed by {child}")
@@ -207,7 +228,15 @@ def _methods(base: Any, names: tuple[str, ...]) -> dict[str, Callable]:
     def __prepare_scriptable__(self: nn.Module) -> nn.Module:
         raise RuntimeError(f"torch.jit.script: {', '.join(names)} is computed: wx.bake(model) first, or torch.export")
 
-    methods = [register_parameter, apply, _apply, _load_from_state_dict, __delattr__, __reduce_ex__, __setstate__]
+    methods: list[Any] = [
+        register_parameter,
+        apply,
+        _apply,
+        _load_from_state_dict,
+        __delattr__,
+        __reduce_ex__,
+        __setstate__,
+    ]
     methods += [__prepare_scriptable__]
     if hasattr(base, "reset_parameters"):
         methods.append(reset_parameters)

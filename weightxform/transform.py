@@ -19,7 +19,7 @@ class Transform(nn.Module):
     """
 
     groupable: ClassVar[bool] = False  # whether compute_group does better than one compute after another
-    keeps_graph: ClassVar[bool] = False  # many backward passes through one computed weight: a Function with state on ctx
+    keeps_graph: ClassVar[bool] = False  # its graph stands many backward passes: a Function with its state on ctx
     tensor_parallel: ClassVar[bool] = False  # whether compute takes a DTensor
     cache = True  # False: compute at every read, and in training mode advance at every read
 

@@ -50,8 +50,9 @@ class Unchanged:
         self.what = what
         self.stamps = [(t, stamp(t)) for t in tensors]
 
-    def check(self) -> None:
-        for tensor, before in self.stamps:
+    def check(self, which: Iterable[int] | None = None) -> None:
+        """Raise if one of the tensors (of these, by position) was written."""
+        for tensor, before in self.stamps if which is None else [self.stamps[i] for i in which]:
             if stamp(tensor) != before:
                 raise RuntimeError(
                     f"{self.what}: a tensor of shape {tuple(tensor.shape)} that its backward needs was written between "
