@@ -16,7 +16,7 @@ def _axes(title: str, ylabel: str) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     axes.set(xscale="log", xlabel="weight, MiB", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -29,10 +29,10 @@ def _fastest(case: dict[str, Any], role: str) -> dict[str, Any] | None:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``ratio.png`` and ``roofline.png`` into ``folder``; single weights as lines, lists as crosses."""
+    """Write ``ratio.png`` and ``roofline.png`` into ``folder``; single weights as dots, lists as crosses."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = sorted(result["cases"], key=lambda c: c["bytes"])
-    groups = ([c for c in cases if c["group"] == "single"], "o-"), ([c for c in cases if c["group"] == "list"], "x")
+    groups = ([c for c in cases if c["group"] == "single"], "o"), ([c for c in cases if c["group"] == "list"], "x")
     where = f"{result['machine']['device']}, {result['machine']['threads']} threads, forward + backward"
 
     figure, axes = _axes(where, "times faster")
@@ -44,12 +44,12 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
             points = [(c["bytes"] / MIB, v) for c in members if (v := main_row(c)["fwd_bwd"][figure_name]) is not None]
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), marker, color=colour, label=label + (", list" if marker == "x" else "")
+                    *zip(*points, strict=True), marker, color=colour, label=label + (", lists" if marker == "x" else "")
                 )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ratio = folder / "ratio.png"
     figure.savefig(ratio, dpi=150)
 
@@ -63,13 +63,12 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
             ]
             if points:
                 label = {"ours": "ours", "eager": "torch", "compiled": "torch.compile"}[role]
-                axes.plot(
-                    *zip(*points, strict=True), marker, color=COLOURS[role], label=label if marker != "x" else None
-                )
+                label += ", lists" if marker == "x" else ""
+                axes.plot(*zip(*points, strict=True), marker, color=COLOURS[role], label=label)
     copies = [(c["bytes"] / MIB, c["copy_gb_s"]) for c in cases]
-    axes.plot(*zip(*copies, strict=True), "--", color=COLOURS["copy"], label="a copy (the roof)")
+    axes.plot(*zip(*copies, strict=True), "_", color=COLOURS["copy"], label="a copy (the roof)")
     axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     roofline = folder / "roofline.png"
     figure.savefig(roofline, dpi=150)
     return [ratio, roofline]

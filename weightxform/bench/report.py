@@ -13,10 +13,12 @@ from .summary import MIB, Verdict, main_row
 MS = 1e-3  # from the microseconds of the result
 
 
-def _table(title: str, columns: list[str], left: int = 1) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1))
+def _table(title: str, columns: list[str], left: int = 1, wrap: bool = True) -> Table:
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1) if wrap else (0, 1, 0, 0)
+    )
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0)
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i > 0 or not wrap)
     return table
 
 
@@ -76,11 +78,12 @@ def show_case(console: Console, case: dict[str, Any]) -> None:
 
 def show_overview(console: Console, cases: list[dict[str, Any]]) -> None:
     tuned = any("tuned" in c for c in cases)
-    columns = ["forward + backward", "MiB", "ms", "vs torch", "vs compile", "x floor"]
-    columns += ["vs torch*", "vs compile*"] * tuned
+    columns = ["case", "MiB", "ms", "torch", "compile", "floor"]
+    columns += ["torch*", "compile*"] * tuned
     costs = any("step" in c for c in cases)
-    columns += ["cost", "torch", "compile"] * costs
-    table = _table("Ours, public API, against torch and the fastest correct torch.compile", [*columns, "A/A"])
+    columns += ["cost", "of torch", "of compile"] * costs
+    title = "Forward and backward of ours: ms, how many times faster than torch and torch.compile, over the floor"
+    table = _table(title, [*columns, "A/A"], wrap=False)
     for case in cases:
         both = main_row(case)["fwd_bwd"]
         cells = [

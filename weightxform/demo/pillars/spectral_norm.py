@@ -32,9 +32,9 @@ from ..progress import Progress
 
 BATCH = 64
 EXACT_STEPS, EXACT_BATCH = 10, 16  # in float64
-NEAR_STEPS = 5  # of the float32 training that are compared
+NEAR_STEPS = 3  # of the float32 training that are compared
 DRIFT = 10.0  # times the drift of torch from itself, or
-ROUNDING = 100.0  # eps, where that is more; and never more than
+ROUNDING = 1000.0  # eps, where that is more; and never more than
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-2}  # relative, of the losses
 TRAINED = 0.25  # of 1, for sigma: one iteration a step runs after a weight that moves
 SETTLE, SETTLED = 500, 0.01
@@ -68,7 +68,7 @@ def contenders(seed: int, dtype: torch.dtype) -> dict[str, gan.Contender]:
     }
     models |= {"torch, last bit": nudged, "unconstrained": (generator, plain)}
     once = {name: parametrize.cached if name.startswith("torch") else nullcontext for name in models}
-    return {name: gan.Contender(name, *pair, once=once[name]) for name, pair in models.items()}
+    return {name: gan.Contender(name, g, d, once[name]) for name, (g, d) in models.items()}
 
 
 class Batches:
