@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("WEIGHTXFORM_POISON", "1")  # before the kernels load: fresh outputs are NaN
@@ -18,6 +19,8 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    if "torch._dynamo" in sys.modules:  # it allows few compilations of one function, and the tests share nn.Module's
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
