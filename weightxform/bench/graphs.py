@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,21 +12,28 @@ from .case import Variant
 
 
 def captured(variant: Variant, douts: Sequence[Tensor]) -> tuple[Callable[[], object] | None, str]:
-    """``(replay, "ok")``, or ``(None, why)`` where the variant cannot be captured."""
-    variant.fresh()
+    """``(replay, "ok")``, or ``(None, why)`` where the variant cannot be captured.
+
+    A twin is captured: a computed weight that was once part of a graph is not cached any more.
+    """
+    twin = replace(variant)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     try:
+        twin.start()
         with torch.cuda.stream(side):
             for _ in range(3):
-                variant.fresh()
-                variant.forward_backward(douts)
-            variant.fresh()
+                twin.fresh()
+                twin.forward_backward(douts)
+            twin.fresh()
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            variant.forward_backward(douts)
+            twin.forward_backward(douts)
     except RuntimeError as e:
         return None, f"failed: {str(e).splitlines()[0]}"
-    variant.fresh()
-    return graph.replay, "ok"
+
+    def replay(alive: Variant = twin) -> None:
+        graph.replay()
+
+    return replay, "ok"
