@@ -447,7 +447,7 @@ def test_attaching_to_a_parametrized_module_raises_up_front():
         layer = nn.Linear(3, 3)
         parametrize.register_parametrization(layer, name, Recorder())
         cls, keys = type(layer), list(layer.state_dict())
-        with pytest.raises((ValueError, KeyError), match="parametri|exists"):
+        with pytest.raises((ValueError, KeyError), match=r"parametri|exists"):
             layer.weight = wx.ComputedParameter(nn.Parameter(torch.zeros(3, 3)), wx.SpectralNorm())
         assert type(layer) is cls and list(layer.state_dict()) == keys
 

@@ -227,8 +227,6 @@ class Group:
             self.link()
         if _compiling():
             self._set_open(True)
-            for bucket in self.buckets:  # here, since the first read may be inside an activation checkpoint
-                bucket.values = bucket._compute_traced()
 
     def end(self, model: nn.Module, args: object, output: object) -> None:
         if _compiling():
@@ -293,8 +291,13 @@ class Bucket:
         return job if slot.keeps(job) else None
 
     def traced(self, slot: Slot) -> Tensor:
-        """Inside a compiled forward of the model."""
-        assert self.values is not None
+        """Inside a compiled forward of the model: the first read computes the bucket.
+
+        Not the hook: for most classes that is another frame to Dynamo, and so another graph. If the first read is inside
+        an activation checkpoint, Dynamo refuses the write to ``values``: the graph breaks, or with fullgraph, raises.
+        """
+        if self.values is None:
+            self.values = self._compute_traced()
         value = self.values[slot.index]
         assert value is not None
         return value

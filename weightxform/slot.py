@@ -28,6 +28,7 @@ from ._torch import (
 )
 from .evaluate import caches, evaluate, keeps_graph, reset, state_reader
 from .retained import retained
+from .transform import Transform
 
 if TYPE_CHECKING:
     from .grouping import Bucket
@@ -40,11 +41,12 @@ class Entry:
 
     __slots__ = ("key", "kind", "out", "out_ptr", "out_version", "raw", "served", "state", "state_of", "transform")
 
-    def __init__(self, job: Job, out: Tensor, kind: str, served: bool) -> None:
+    def __init__(self, job: Job, out: Tensor, kind: str, served: bool, before: Entry | None) -> None:
         self.raw = job.raw
         self.transform = job.transform
         self.kind = kind
-        self.state_of = state_reader(job.transform)
+        same = before is not None and before.transform is job.transform and isinstance(job.transform, Transform)
+        self.state_of = before.state_of if same and before is not None else state_reader(job.transform)
         self.state = tuple(self.state_of())  # held, so that their ids stay theirs
         self.served = served
         self.key = self.now() if served else None
@@ -267,7 +269,7 @@ class Slot:
         if self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None)):
             self.entry = None
         else:
-            self.entry = Entry(job, out, kind, self.keeps(job))
+            self.entry = Entry(job, out, kind, self.keeps(job), self.entry)
 
     # FSDP2
 
@@ -324,10 +326,11 @@ def _prepare(job: Job) -> None:
     slot, raw, transform = job.slot, job.raw, job.transform
     if raw is not None:
         versions.watch(raw)
-    for parameter in transform.parameters():
-        versions.watch(parameter)
     if slot.entry is not None:
         slot.entry.check_untouched(job.name)
+    if slot.entry is None or slot.entry.transform is not transform:
+        for parameter in transform.parameters():
+            versions.watch(parameter)
     if slot.pending is not None:
         if slot.pending == "always" or not job.advance:
             reset(transform, raw)
