@@ -165,7 +165,7 @@ def test_a_weight_computed_in_eager_is_an_ordinary_input_of_a_compiled_region():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo asks
 def test_a_compiled_block_of_a_grouped_model():
-    """A compiled sub-module has no open scope of the root: its weight is computed there, and from then on only there."""
+    """A compiled sub-module has no open scope of the root: its weight is computed there, and only there."""
     model = grouped()
     block = torch.compile(model[3], fullgraph=True, backend="aot_eager")
     block(torch.zeros(2, 16))

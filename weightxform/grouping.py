@@ -293,8 +293,9 @@ class Bucket:
     def traced(self, slot: Slot) -> Tensor:
         """Inside a compiled forward of the model: the first read computes the bucket.
 
-        Not the hook: for most classes that is another frame to Dynamo, and so another graph. If the first read is inside
-        an activation checkpoint, Dynamo refuses the write to ``values``: the graph breaks, or with fullgraph, raises.
+        Not the hook: for most classes that is another frame to Dynamo, and so another graph. If the first read is
+        inside an activation checkpoint, Dynamo refuses the write to ``values``: the graph breaks, or with fullgraph,
+        raises.
         """
         if self.values is None:
             self.values = self._compute_traced()
