@@ -45,8 +45,11 @@ class Entry:
         self.raw = job.raw
         self.transform = job.transform
         self.kind = kind
-        same = before is not None and before.transform is job.transform and isinstance(job.transform, Transform)
-        self.state_of = before.state_of if same and before is not None else state_reader(job.transform)
+        self.state_of: Callable[[], Iterable[Tensor]]
+        if before is not None and before.transform is job.transform and isinstance(job.transform, Transform):
+            self.state_of = before.state_of
+        else:
+            self.state_of = state_reader(job.transform)
         self.state = tuple(self.state_of())  # held, so that their ids stay theirs
         self.served = served
         self.key = self.now() if served else None
