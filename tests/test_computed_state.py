@@ -327,6 +327,29 @@ def test_tie(how):
     assert len({id(p) for p in model.parameters()}) == 3
 
 
+@pytest.mark.parametrize("how", ["assignment", "load_assign"])
+def test_untying_gives_each_its_own_state(how):
+    """As in torch, a tie ends where one module gets another parameter."""
+    model = nn.ModuleList([linear(seed=0), nn.Linear(6, 4, dtype=torch.float64)])
+    wx.tie(model[1], model[0])
+    _ = model[1].weight
+    if how == "assignment":
+        model[1].weight = nn.Parameter(randn(4, 6, seed=9))
+    else:
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict({**values, "1.weight": randn(4, 6, seed=9)}, assign=True)
+    a, b = model
+    assert wx.raw(a) is not wx.raw(b) and transform_of(a) is not transform_of(b)
+    for step in range(2):
+        for layer in model:
+            set_raw(layer, randn(4, 6, seed=20 + step + len(model)) * (1 + step))
+            before = state_of(layer)
+            other = state_of(b if layer is a else a)
+            torch.testing.assert_close(layer.weight.detach(), normalized(wx.raw(layer).detach(), state_of(layer)))
+            assert iterations(before, state_of(layer), wx.raw(layer)) == 1
+            torch.testing.assert_close(state_of(b if layer is a else a), other)
+
+
 def test_tie_refuses_what_does_not_fit():
     a, plain = linear(), nn.Linear(6, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match="computed"):

@@ -7,6 +7,7 @@ leaves its fast path otherwise, and every attribute write would pay.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +160,8 @@ def _methods(base: Any, names: tuple[str, ...]) -> dict[str, Callable]:
             base.register_parameter(self, name, param)
         after = self._parameters.get(name)
         if slot is not None and slots_of(self).get(name) is slot and after is not before:
+            if slot.users > 1 and after is not None and not is_dtensor(after):
+                slot = _untie(self, name, slot)
             slot.forget()
             slot.settle_in(after)
             if not inner and after is not None:
@@ -241,6 +244,16 @@ def _methods(base: Any, names: tuple[str, ...]) -> dict[str, Callable]:
     if hasattr(base, "reset_parameters"):
         methods.append(reset_parameters)
     return {m.__name__: m for m in methods}
+
+
+def _untie(module: nn.Module, name: str, slot: Slot) -> Slot:
+    """``module`` got a raw tensor of its own: its own slot and state as well, which begin as those that were shared."""
+    slot.users -= 1
+    own = Slot(slot.owner, slot.always_caches)
+    child = child_name(name)
+    module._modules[child] = copy.deepcopy(module._modules[child])
+    set_slots(module, {**slots_of(module), name: own})
+    return own
 
 
 def _forget(module: nn.Module) -> None:
