@@ -209,10 +209,11 @@ def apply_list(
     if inlined():
         gained: Sequence[Tensor | None] = gains or [None] * len(weights)
         members = zip(weights, us, vs, gained, dims, n_iters, strict=True)
-        results, states = zip(*(_inline(*m, eps, v_first, bound, out_dtype) for m in members), strict=True)
+        pairs = [_inline(w, u, v, g, d, n, eps, v_first, bound, out_dtype) for w, u, v, g, d, n in members]
+        results, states = zip(*pairs, strict=True)
         return list(results), torch.cat(states)
     options = (tuple(dims), tuple(n_iters), eps, v_first, bound, out_dtype)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # Dynamo miscounts the arguments of *tensors there
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # Dynamo miscounts *tensors there
         outs, state = spectral_norm_fwd_list(
             list(weights), list(us), list(vs), list(gains), list(dims), list(n_iters), eps, v_first, bound, out_dtype
         )
