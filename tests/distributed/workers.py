@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ def group(rank: int, folder: str) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     try:
         yield
+        gc.collect()  # sharded modules hold work and streams of the group
+        dist.barrier()  # a rank that leaves early takes its threads from under the other's last collective
     finally:
         dist.destroy_process_group()
 
