@@ -287,8 +287,8 @@ class Bucket:
         entry = slot.entry
         if entry is not None and entry.raw is raw and entry.transform is transform and entry.is_current():
             return None
-        job = Job(slot, module, name, raw, transform, slot.advances(raw, transform))
-        return job if slot.keeps(job) else None
+        job = slot.job(module, name, raw, transform)
+        return job if job.keeps else None
 
     def traced(self, slot: Slot) -> Tensor:
         """Inside a compiled forward of the model: the first read computes the bucket.
@@ -312,7 +312,7 @@ class Bucket:
                 continue
             transform = module._modules[child_name(name)]
             assert transform is not None
-            job = Job(slot, module, name, raw, transform, transform.training)
+            job = Job(slot, module, name, raw, transform, transform.training, False, None)
             key = _key(job)
             part = _find(parts, key)
             part.where.append(i)

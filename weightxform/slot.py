@@ -39,20 +39,19 @@ _steps = versions._epochs.get
 class Entry:
     """A computed weight, and what it was computed from."""
 
-    __slots__ = ("key", "kind", "out", "out_ptr", "out_version", "raw", "served", "state", "state_of", "transform")
+    __slots__ = (
+        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_version", "served", "state", "state_of", "transform",
+    )  # fmt: skip
 
-    def __init__(self, job: Job, out: Tensor, kind: str, served: bool, before: Entry | None) -> None:
+    def __init__(self, job: Job, out: Tensor, kind: str, state_of: Callable[[], Iterable[Tensor]]) -> None:
         self.raw = job.raw
         self.transform = job.transform
         self.kind = kind
-        self.state_of: Callable[[], Iterable[Tensor]]
-        if before is not None and before.transform is job.transform and isinstance(job.transform, Transform):
-            self.state_of = before.state_of
-        else:
-            self.state_of = state_reader(job.transform)
-        self.state = tuple(self.state_of())  # held, so that their ids stay theirs
-        self.served = served
-        self.key = self.now() if served else None
+        self.state_of = state_of
+        self.state = tuple(state_of())  # held, so that their ids stay theirs
+        self.served = job.keeps
+        self.raw_version = None if job.raw is None else job.raw._version
+        self.key = self.now() if job.keeps else None
         self.out = out
         self.out_ptr = out.data_ptr()
         watched = not out.is_inference() and not _aliases(out, (*self.state, job.raw), job.transform)
@@ -73,6 +72,8 @@ class Entry:
         return key
 
     def is_current(self) -> bool:
+        if self.raw is not None and self.raw._version != self.raw_version:  # the usual reason, and the cheapest to see
+            return False
         return self.served and self.key == self.now() and not (self.kind == "cuda" and capturing_cuda_graph())
 
     def check_untouched(self, name: str) -> None:
@@ -103,6 +104,8 @@ class Job(NamedTuple):
     raw: Tensor | None
     transform: nn.Module
     advance: bool
+    keeps: bool  # whether the computed tensor may be served again
+    stamp: tuple | None  # of the raw tensor
 
 
 class Slot:
@@ -131,7 +134,9 @@ class Slot:
 
     def _forget_everything(self) -> None:
         self.entry: Entry | None = None
+        self.reader: tuple[nn.Module, Callable[[], Iterable[Tensor]]] | None = None  # of the state of a transform
         self.advanced: tuple | None = None
+        self.shared: tuple[int, bool] | None = None  # whether the raw tensor at this address is in shared memory
         self.home: weakref.ref[Tensor] | None = None
         self.bucket: Bucket | None = None
         self.index = 0  # in the bucket
@@ -153,7 +158,7 @@ class Slot:
 
     def forget(self) -> None:
         """Drop the computed tensor, and every reference to the raw one (``swap_tensors`` wants none)."""
-        self.entry = self.home = None
+        self.entry = self.home = self.shared = None
 
     def settle_in(self, raw: Tensor | None) -> None:
         """``raw`` is the raw tensor by the user's will; another that shows up later was put there by FSDP2."""
@@ -231,36 +236,42 @@ class Slot:
                 f"the computed {name!r} would become a constant of the trace: wx.bake(model) first, or torch.export"
             )
         self._notice_fsdp(module, raw)
-        job = Job(self, module, name, raw, transform, self.advances(raw, transform))
-        jobs = [job] if self.bucket is None or not self.keeps(job) else self.bucket.jobs(job)
+        job = self.job(module, name, raw, transform)
+        jobs = [job] if self.bucket is None or not job.keeps else self.bucket.jobs(job)
         outs = compute(jobs)
         return outs[jobs.index(job)] if len(jobs) > 1 else outs[0]
 
-    def keeps(self, job: Job) -> bool:
-        """Whether the computed tensor may be served again."""
-        raw = job.raw
-        if self.managed or self.captured or not (self.always_caches or caches(job.transform)):
+    def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module) -> Job:
+        stamp = None if raw is None else (id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards)
+        caching = self.always_caches or caches(transform)
+        advance = self._advances(stamp, transform, caching)
+        return Job(self, module, name, raw, transform, advance, caching and self._keeps(raw), stamp)
+
+    def _keeps(self, raw: Tensor | None) -> bool:
+        if self.managed or self.captured:
             return False
         if raw is None:
             return True
         if raw is not self._home():  # functional_call: whoever handed it in may write it unseen
             return False
-        return not (raw.is_inference() or raw.grad_fn is not None or (raw.is_cpu and raw.is_shared()))
+        return not (raw.is_inference() or raw.grad_fn is not None or self._is_shared(raw))
+
+    def _is_shared(self, raw: Tensor) -> bool:
+        """Whether another process may write it."""
+        address = raw.data_ptr()
+        if self.shared is None or self.shared[0] != address:
+            self.shared = address, raw.is_cpu and raw.is_shared()
+        return self.shared[1]
 
     def _home(self) -> Tensor | None:
         return None if self.home is None else self.home()
 
-    def advances(self, raw: Tensor | None, transform: nn.Module) -> bool:
+    def _advances(self, stamp: tuple | None, transform: nn.Module, caching: bool) -> bool:
         if not transform.training or in_backward():
             return False
-        if self.captured or not (self.always_caches or caches(transform)) or (self.managed and not self.forwards):
+        if self.captured or not caching or (self.managed and not self.forwards):
             return True
-        return self.advanced is None or self.advanced != self._stamp(raw)
-
-    def _stamp(self, raw: Tensor | None) -> tuple | None:
-        if raw is None:
-            return None
-        return id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards
+        return self.advanced is None or self.advanced != stamp
 
     def store(self, job: Job, out: Tensor) -> None:
         raw = job.raw
@@ -268,11 +279,16 @@ class Slot:
         if kind == "cuda" and capturing_cuda_graph():
             self.captured = True  # replays write the raw tensor, and no counter moves
         if job.advance:
-            self.advanced = self._stamp(raw)
+            self.advanced = job.stamp
         if self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None)):
             self.entry = None
         else:
-            self.entry = Entry(job, out, kind, self.keeps(job), self.entry)
+            self.entry = Entry(job, out, kind, self._state_of(job.transform))
+
+    def _state_of(self, transform: nn.Module) -> Callable[[], Iterable[Tensor]]:
+        if self.reader is None or self.reader[0] is not transform or not isinstance(transform, Transform):
+            self.reader = transform, state_reader(transform)
+        return self.reader[1]
 
     # FSDP2
 
@@ -331,13 +347,14 @@ def _prepare(job: Job) -> None:
         versions.watch(raw)
     if slot.entry is not None:
         slot.entry.check_untouched(job.name)
-    if slot.entry is None or slot.entry.transform is not transform:
+    if slot.reader is None or slot.reader[0] is not transform:
         for parameter in transform.parameters():
             versions.watch(parameter)
     if slot.pending is not None:
         if slot.pending == "always" or not job.advance:
             reset(transform, raw)
         slot.pending = None
+    slot.entry = None  # its memory may serve the new one
 
 
 def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
