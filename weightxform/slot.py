@@ -40,7 +40,8 @@ class Entry:
     """A computed weight, and what it was computed from."""
 
     __slots__ = (
-        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_version", "served", "state", "state_of", "transform",
+        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_steps", "raw_version", "served", "state", "state_of",
+        "transform",
     )  # fmt: skip
 
     def __init__(self, job: Job, out: Tensor, kind: str, state_of: Callable[[], Iterable[Tensor]]) -> None:
@@ -50,7 +51,8 @@ class Entry:
         self.state_of = state_of
         self.state = tuple(state_of())  # held, so that their ids stay theirs
         self.served = job.keeps
-        self.raw_version = None if job.raw is None else job.raw._version
+        if job.raw is not None:
+            self.raw_version, self.raw_steps = job.raw._version, _steps(id(job.raw), 0)
         self.key = self.now() if job.keeps else None
         self.out = out
         self.out_ptr = out.data_ptr()
@@ -72,8 +74,9 @@ class Entry:
         return key
 
     def is_current(self) -> bool:
-        if self.raw is not None and self.raw._version != self.raw_version:  # the usual reason, and the cheapest to see
-            return False
+        raw = self.raw
+        if raw is not None and (raw._version != self.raw_version or _steps(id(raw), 0) != self.raw_steps):
+            return False  # the usual reason, and the cheapest to see
         return self.served and self.key == self.now() and not (self.kind == "cuda" and capturing_cuda_graph())
 
     def check_untouched(self, name: str) -> None:

@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace wx {
@@ -101,6 +103,27 @@ class Pool {
   std::vector<Header*> free_;
   size_t free_bytes_ = 0, live_bytes_ = 0, peak_bytes_ = 0;
   bool enabled_ = true;
+};
+
+// Uninitialised memory for n numbers during a call; a large one costs no page faults from the second call on.
+template <class C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n = 0) {
+    if (n == 0) return;
+    const size_t bytes = static_cast<size_t>(n) * sizeof(C);
+    void* pooled = Pool::instance().take(bytes);
+    data_ = {static_cast<C*>(pooled ? pooled : std::malloc(bytes)), Free{pooled != nullptr}};
+    if (!data_) throw std::bad_alloc();
+  }
+  C* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    bool pooled = false;
+    void operator()(C* p) const { pooled ? Pool::instance().give(p) : std::free(p); }
+  };
+  std::unique_ptr<C, Free> data_;
 };
 
 }  // namespace wx

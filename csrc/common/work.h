@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -26,35 +27,37 @@ struct Alone {
   }
 };
 
-// Run every item: large ones one after another with all threads on each, small ones whole, a thread to each.
-// An item has bytes(), the size of its weight, and run(parallel).
+// Run every item: one that is a large part of all one after another, with all threads on it; the others whole, a thread
+// to each, with no barrier between its passes. An item has bytes(), the size of its weight, and run(parallel).
 template <class Item>
 void run_all(std::vector<Item>& items) {
-  constexpr int64_t kSmall = 256 << 10, kMiddle = 1 << 20;  // a middle one fits a core's cache: worth keeping together
+  constexpr int64_t kSmall = 256 << 10,
+                    kCached = 1 << 20;  // not worth the threads; passes after the first stay in cache
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  int64_t total = 0, small_bytes = 0;
+  int64_t total = 0;
   for (const Item& item : items) total += item.bytes();
-  std::vector<Item*> small;
+  std::vector<Item*> whole;
   for (Item& item : items) {
-    const int64_t bytes = item.bytes();
-    if (threads == 1 || bytes <= kSmall || (bytes <= kMiddle && bytes * threads * 2 <= total)) {
-      small.push_back(&item);
-      small_bytes += bytes;
-    } else {
+    if (threads == 1 || item.bytes() <= kSmall || (item.bytes() <= kCached && item.bytes() * threads * 2 <= total))
+      whole.push_back(&item);
+    else
       item.run(Threads());
-    }
   }
-  if (small.size() < 2 || small_bytes < kSmall / 4) {
-    for (Item* item : small) item->run(Alone());
+  if (threads == 1 || whole.size() < 2 || total < kSmall / 4) {
+    for (Item* item : whole) item->run(Alone());
     return;
   }
+  std::stable_sort(whole.begin(), whole.end(), [](const Item* a, const Item* b) { return a->bytes() > b->bytes(); });
+  std::vector<std::vector<Item*>> shares(threads);  // the next largest to the thread that has the least so far
+  std::vector<int64_t> load(threads);
+  for (Item* item : whole) {
+    const auto least = std::min_element(load.begin(), load.end()) - load.begin();
+    shares[least].push_back(item);
+    load[least] += item->bytes();
+  }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    int64_t before = 0;  // thread k takes the items whose middle lies in the k-th share of the bytes
-    for (Item* item : small) {
-      const int64_t share = (2 * before + item->bytes()) * threads / (2 * small_bytes + 1);
-      if (begin <= share && share < end) item->run(Alone());
-      before += item->bytes();
-    }
+    for (int64_t k = begin; k < end; k++)
+      for (Item* item : shares[k]) item->run(Alone());
   });
 }
 

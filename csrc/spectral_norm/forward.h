@@ -53,7 +53,8 @@ struct Forward {
   bool past_cache;
 
   // y belongs to the rows of the stored matrix, x to its columns: u and v, or v and u where it is stored transposed.
-  std::vector<C> y_{}, x_{}, t_{}, z_{}, partial_{};
+  std::vector<C> y_{}, x_{}, t_{}, z_{};
+  Scratch<C> partial_{};  // a sum of each block; each block begins with zeros
   double sigma_ = 0;
 
   int64_t bytes() const { return layout.numel() * static_cast<int64_t>(sizeof(T)); }
@@ -70,6 +71,7 @@ struct Forward {
       sigma_ = s;
     }
     if (n_iter && (!std::isfinite(sigma_) || sigma_ == 0)) load_vectors();
+    partial_ = Scratch<C>();
     store_state();
     const C s = static_cast<C>(Scale(static_cast<C>(sigma_), options.bound).s * gain);
     parallel(layout.blocks, [&](int64_t i) {
@@ -100,6 +102,10 @@ struct Forward {
 
   const T* block(int64_t k) const { return w + layout.first_row(k) * layout.n; }
   C* part(int64_t k, int64_t size) { return partial_.data() + k * size; }
+  C* zero_part(int64_t k, int64_t size) {
+    std::fill_n(part(k, size), size, C(0));
+    return part(k, size);
+  }
 
   // t = W x
   template <class Parallel>
@@ -107,11 +113,11 @@ struct Forward {
     t_.resize(layout.m);
     if (layout.a == 1) {
       parallel(layout.blocks, [&](int64_t k) {
-        std::vector<C> wide(widening());
+        const Scratch<C> wide(widening());
         rows_dot(block(k), layout.rows(k), layout.n, x.data(), &t_[layout.first_row(k)], wide.data());
       });
     } else {
-      partial_.assign(layout.blocks * layout.m, 0);
+      partial_ = Scratch<C>(layout.blocks * layout.m);
       parallel(layout.blocks, [&](int64_t k) { slabs(k, x.data(), nullptr, nullptr); });
       gather(parallel, t_);
     }
@@ -122,10 +128,10 @@ struct Forward {
   void right(const Parallel& parallel, const std::vector<C>& y) {
     z_.resize(layout.a * layout.n);
     if (layout.a == 1) {
-      partial_.assign(layout.blocks * layout.n, 0);
+      partial_ = Scratch<C>(layout.blocks * layout.n);
       parallel(layout.blocks, [&](int64_t k) {
-        std::vector<C> wide(widening());
-        rows_axpy(block(k), layout.rows(k), layout.n, &y[layout.first_row(k)], part(k, layout.n), wide.data());
+        const Scratch<C> wide(widening());
+        rows_axpy(block(k), layout.rows(k), layout.n, &y[layout.first_row(k)], zero_part(k, layout.n), wide.data());
       });
       gather(parallel, z_);
     } else {
@@ -139,11 +145,11 @@ struct Forward {
   void both(const Parallel& parallel, const std::vector<C>& from) {
     t_.resize(layout.m);
     z_.resize(layout.a * layout.n);
-    partial_.assign(layout.blocks * (layout.a == 1 ? layout.n : layout.m), 0);
+    partial_ = Scratch<C>(layout.blocks * (layout.a == 1 ? layout.n : layout.m));
     if (layout.a == 1) {
       parallel(layout.blocks, [&](int64_t k) {
-        std::vector<C> wide(widening());
-        rows_both(block(k), layout.rows(k), layout.n, from.data(), &t_[layout.first_row(k)], part(k, layout.n),
+        const Scratch<C> wide(widening());
+        rows_both(block(k), layout.rows(k), layout.n, from.data(), &t_[layout.first_row(k)], zero_part(k, layout.n),
                   wide.data());
       });
       gather(parallel, z_);
@@ -154,18 +160,18 @@ struct Forward {
     }
   }
 
-  size_t widening() const { return std::is_same_v<T, C> ? 0 : 4 * layout.n; }
+  int64_t widening() const { return std::is_same_v<T, C> ? 0 : 4 * layout.n; }
 
   // The slabs of block k: z = W'y where y is given, then the block's part of t = W x where x is.
   void slabs(int64_t k, const C* x, const C* y, C* z) {
-    std::vector<C> wide(widening()), dots(layout.m);
+    const Scratch<C> wide(widening()), dots(layout.m);
+    C* t = x ? zero_part(k, layout.m) : nullptr;
     for (int64_t i = k * layout.per_block; i < k * layout.per_block + layout.count(k); i++) {
       const T* slab = w + i * layout.m * layout.n;
       if (y) rows_axpy(slab, layout.m, layout.n, y, z + i * layout.n, wide.data());
       if (!x) continue;
       rows_dot(slab, layout.m, layout.n, x + i * layout.n, dots.data(), wide.data());
-      C* t = part(k, layout.m);
-      for (int64_t r = 0; r < layout.m; r++) t[r] += dots[r];
+      for (int64_t r = 0; r < layout.m; r++) t[r] += dots.data()[r];
     }
   }
 
@@ -173,7 +179,7 @@ struct Forward {
   template <class Parallel>
   void gather(const Parallel& parallel, std::vector<C>& sum) {
     const auto size = static_cast<int64_t>(sum.size());
-    const int64_t piece = 2048;
+    const int64_t piece = 1024;
     parallel((size + piece - 1) / piece, [&](int64_t p) {
       const int64_t begin = p * piece, count = std::min(piece, size - begin);
       std::copy_n(part(0, size) + begin, count, &sum[begin]);
