@@ -21,9 +21,7 @@ def functorch_active() -> bool:
 
 def fake_or_proxy_mode() -> bool:
     """Under ``FakeTensorMode`` or ``make_fx``: what is computed now is not a value to keep."""
-    return (
-        torch._C._get_dispatch_mode(_Mode.FAKE) is not None or torch._C._get_dispatch_mode(_Mode.PROXY) is not None
-    )
+    return torch._C._get_dispatch_mode(_Mode.FAKE) is not None or torch._C._get_dispatch_mode(_Mode.PROXY) is not None
 
 
 def fx_tracing() -> bool:

@@ -40,8 +40,8 @@ class Entry:
     """A computed weight, and what it was computed from."""
 
     __slots__ = (
-        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_steps", "raw_version", "served", "state", "state_of",
-        "transform",
+        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_steps", "raw_version", "served", "state",
+        "state_of", "transform",
     )  # fmt: skip
 
     def __init__(self, job: Job, out: Tensor, kind: str, state_of: Callable[[], Iterable[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""Spectral normalization of a weight, in plain torch (Miyato et al. 2018, https://arxiv.org/abs/1802.05957, section 2.1).
+"""Spectral normalization of a weight, in plain torch (Miyato et al. 2018, https://arxiv.org/abs/1802.05957).
 
 ``weight`` is read as a matrix ``W`` [h, w]: ``dim`` in front, the rest flattened. |.| is the Euclidean norm and
 unit(x) = x / max(|x|, eps).
