@@ -136,7 +136,7 @@ def _members(names: tuple[str, ...], options: dict, dtype, device, generator) ->
 
 
 def _upstream(weight: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A random gradient with a part along the weight, so that <dout, W> does not cancel and its error can be bounded."""
+    """A random gradient with a part along the weight: <dout, W> does not cancel, and its error can be bounded."""
     noise = torch.randn(*weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
     return (noise + weight.double()).to(dtype)
 
