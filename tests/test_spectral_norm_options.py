@@ -316,6 +316,17 @@ def test_what_cannot_be_in_one_group_has_another_key():
     assert conv.group_key(module.weight) is None
 
 
+def test_averaged_vectors_in_a_group_are_normalized():
+    together, alone = members(), members()
+    for _, norm in (*together, *alone):
+        norm.u.mul_(0.7), norm.v.mul_(1.2)
+    raws, norms = zip(*together, strict=True)
+    outs = wx.SpectralNorm.compute_group(norms, raws, [False] * len(raws))
+    assert_close(outs, [norm.compute(raw, False) for raw, norm in alone], **EXACT)
+    fresh = members()
+    assert_close(outs, [norm.compute(raw, False) for raw, norm in fresh], **EXACT)
+
+
 def test_a_member_that_is_zero_does_not_disturb_the_others():
     together = members()
     with torch.no_grad():

@@ -58,23 +58,19 @@ def _adopt_hook(state_dict: MutableMapping[str, Any], prefix: str, name: str, ax
     weight = prefix + name
     if weight + "_orig" not in state_dict or weight + "_u" not in state_dict:
         return
-    raw, u = state_dict[weight + "_orig"], state_dict[weight + "_u"]
-    if weight + "_v" not in state_dict and weight in state_dict:  # version None: the computed weight, and no v
-        state_dict[weight + "_v"] = _solve_v(raw, state_dict[weight], u, axis(raw))
+    if weight + "_v" not in state_dict:  # version None
+        raw, u = state_dict[weight + "_orig"], state_dict[weight + "_u"]
+        state_dict[weight + "_v"] = _solve_v(raw, u, axis(raw))
     _rename(state_dict, weight + "_orig", weight)
     for vector in "uv":
         _rename(state_dict, f"{weight}_{vector}", f"{weight}_transform.{vector}")
 
 
 @torch.no_grad()
-def _solve_v(raw: Tensor, computed: Tensor, u: Tensor, dim: int) -> Tensor:
-    """The v with unit(W v) = u and u'Wv = sigma, where ``computed`` is W / sigma; as torch solves it."""
-    w = reference.as_matrix(raw, dim).to(torch.float64)
-    u = u.to(torch.float64)
-    used = computed != 0
-    sigma = (raw[used].double() / computed[used].double()).mean()
-    v = torch.linalg.pinv(w.T @ w) @ (w.T @ u)
-    return (v * (sigma / (u @ (w @ v)))).to(raw.dtype)
+def _solve_v(raw: Tensor, u: Tensor, dim: int) -> Tensor:
+    """The unit v, in the row space of W, that the last iteration made u = Wv/|Wv| of."""
+    v = torch.linalg.pinv(reference.as_matrix(raw, dim).double()) @ u.double()
+    return (v / v.norm()).to(u.dtype)
 
 
 def _members(model: nn.Module) -> Iterator[tuple[str, str, Any]]:

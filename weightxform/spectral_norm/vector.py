@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import dense, guard, inlined, joined, variant
+from ..autograd import dense, guard, joined, variant
 from ..numerics import opmath
 from . import reference
 
@@ -23,18 +23,14 @@ def _parts(weight: Tensor, eps: float, bound: float | None) -> tuple[Tensor, Ten
     return s, torch.where(norm < eps, torch.zeros_like(ds), ds), weight / torch.where(norm == 0, 1.0, sigma)
 
 
-def _normalized(weight, gain, eps, bound, out_dtype) -> Tensor:
-    raw = weight.to(opmath(weight.dtype))
-    s, _, _ = _parts(raw, eps, bound)
-    return (raw * (s if gain is None else s * gain.to(raw.dtype))).to(out_dtype or weight.dtype)
-
-
 class VectorNormFunction(torch.autograd.Function):
     """``(weight, gain, eps, bound, out_dtype) -> out``."""
 
     @staticmethod
     def forward(weight, gain, eps, bound, out_dtype):
-        return _normalized(weight, gain, eps, bound, out_dtype)
+        raw = weight.to(opmath(weight.dtype))
+        s, _, _ = _parts(raw, eps, bound)
+        return (raw * (s if gain is None else s * gain.to(raw.dtype))).to(out_dtype or weight.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -95,7 +91,5 @@ def apply_vector(
     weight: Tensor, gain: Tensor | None, eps: float, bound: float | None, out_dtype: torch.dtype | None
 ) -> Tensor:
     """``weight`` [n] over its norm (or what ``bound`` and ``gain`` make of it), differentiable in weight and gain."""
-    if inlined():
-        return _normalized(weight, gain, eps, bound, out_dtype)
     function = variant(VectorNormFunction, VectorNormEager, VectorNormJoined)
     return function.apply(weight, gain, eps, bound, out_dtype)
