@@ -9,7 +9,7 @@ namespace wx {
 
 constexpr int64_t kBlockBytes = 256 << 10;  // of the weight, at the least
 constexpr int64_t kMaxBlocks = 64;          // per weight: bounds the partial sums
-constexpr int64_t kPastCache = 24 << 20;    // outputs of a call from which stores go past the cache
+constexpr int64_t kPastCache = 8 << 20;     // outputs of a call from which stores go past the cache
 
 // A weight is a stack of slabs [a, m, b] in memory: `a` axes before dim, m = the size of dim, `b` after it.
 struct Layout {
