@@ -50,28 +50,8 @@ WX_INLINE double product_body(const A* a, const B* b, int64_t n) {
   WX_CLONES void scale(const T* w, O* out, int64_t n, const Compute<T>* s) { \
     for (int64_t j = 0; j < n; j++) narrow(s[j] * widen(w[j]), out[j]);      \
   }
-WX_PAIR(float, float)
-WX_PAIR(bf16, float)
-WX_PAIR(fp16, float)
-WX_PAIR(double, double)
-WX_PAIR(bf16, bf16)
-WX_PAIR(fp16, fp16)
-WX_SCALE(float, float)
-WX_SCALE(float, double)
-WX_SCALE(float, bf16)
-WX_SCALE(float, fp16)
-WX_SCALE(double, double)
-WX_SCALE(double, float)
-WX_SCALE(double, bf16)
-WX_SCALE(double, fp16)
-WX_SCALE(bf16, bf16)
-WX_SCALE(bf16, float)
-WX_SCALE(bf16, double)
-WX_SCALE(bf16, fp16)
-WX_SCALE(fp16, fp16)
-WX_SCALE(fp16, float)
-WX_SCALE(fp16, double)
-WX_SCALE(fp16, bf16)
+WX_FOR_GRADIENTS(WX_PAIR)
+WX_FOR_OUTPUTS(WX_SCALE)
 #undef WX_PAIR
 #undef WX_SCALE
 
