@@ -19,12 +19,15 @@
 #define WX_INLINE inline __attribute__((always_inline))
 
 // Every weight dtype with every output dtype, and every gradient dtype with the weight dtypes that it goes with.
-#define WX_FOR_OUTPUTS(F)                                                                                           \
-  F(float, float)                                                                                                   \
-  F(float, double) F(float, bf16) F(float, fp16) F(double, double) F(double, float) F(double, bf16) F(double, fp16) \
-      F(bf16, bf16) F(bf16, float) F(bf16, double) F(bf16, fp16) F(fp16, fp16) F(fp16, float) F(fp16, double)       \
-          F(fp16, bf16)
-#define WX_FOR_GRADIENTS(F) F(float, float) F(bf16, float) F(fp16, float) F(double, double) F(bf16, bf16) F(fp16, fp16)
+// clang-format off
+#define WX_FOR_OUTPUTS(F) \
+  F(float, float) F(float, double) F(float, bf16) F(float, fp16) \
+  F(double, double) F(double, float) F(double, bf16) F(double, fp16) \
+  F(bf16, bf16) F(bf16, float) F(bf16, double) F(bf16, fp16) \
+  F(fp16, fp16) F(fp16, float) F(fp16, double) F(fp16, bf16)
+#define WX_FOR_GRADIENTS(F) \
+  F(float, float) F(bf16, float) F(fp16, float) F(double, double) F(bf16, bf16) F(fp16, fp16)
+// clang-format on
 
 namespace wx {
 
