@@ -44,11 +44,11 @@ int64_t state_size(const Tensor& weight, int64_t dim) {
 
 Tensor vector(int64_t n, ScalarType dtype) { return allocate({n}, {1}, dtype); }
 
-std::tuple<std::vector<Tensor>, Tensor> forward_list(std::vector<Tensor> weights, std::vector<Tensor> us,
-                                                     std::vector<Tensor> vs, std::vector<Tensor> gains,
-                                                     std::vector<int64_t> dims, std::vector<int64_t> n_iters,
-                                                     double eps, bool v_first, std::optional<double> bound,
-                                                     std::optional<ScalarType> out_dtype) {
+// What the forward ops share: checks, then every member's work. `outs` gets the results where there are any to write.
+Tensor forward_work(const std::vector<Tensor>& weights, const std::vector<Tensor>& us, const std::vector<Tensor>& vs,
+                    const std::vector<Tensor>& gains, const std::vector<int64_t>& dims,
+                    const std::vector<int64_t>& n_iters, const Options& options, std::optional<ScalarType> out_dtype,
+                    std::vector<Tensor>* outs) {
   check(!weights.empty(), "weights must not be empty");
   check_weights(weights, dims);
   check(us.size() == weights.size() && vs.size() == weights.size() && n_iters.size() == weights.size() &&
@@ -69,7 +69,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_list(std::vector<Tensor> weights
     check(n_iters[i] >= 0, "n_iter must not be negative");
   }
   const Tensor state = vector(total, compute);
-  std::vector<Tensor> outs, held;
+  std::vector<Tensor> held;
   dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using C = Compute<T>;
@@ -79,24 +79,32 @@ std::tuple<std::vector<Tensor>, Tensor> forward_list(std::vector<Tensor> weights
       C* at = static_cast<C*>(state.data_ptr());
       for (size_t i = 0; i < weights.size(); i++) {
         const Tensor w = dense(weights[i]), u = packed(us[i]), v = packed(vs[i]);
-        outs.push_back(allocate(to_dims(w.sizes()), to_dims(w.strides()), result));
-        work.push_back({static_cast<const T*>(w.data_ptr()),
-                        static_cast<O*>(outs[i].data_ptr()),
-                        Layout(w, dims[i]),
-                        static_cast<const C*>(u.data_ptr()),
-                        static_cast<const C*>(v.data_ptr()),
-                        at,
-                        gains.empty() ? 1.0 : scalar(gains[i]),
-                        n_iters[i],
-                        {eps, v_first, bound},
-                        out_bytes > kPastCache});
+        if (outs) outs->push_back(allocate(to_dims(w.sizes()), to_dims(w.strides()), result));
+        work.push_back({static_cast<const T*>(w.data_ptr()), outs ? static_cast<O*>((*outs)[i].data_ptr()) : nullptr,
+                        Layout(w, dims[i]), static_cast<const C*>(u.data_ptr()), static_cast<const C*>(v.data_ptr()),
+                        at, gains.empty() ? 1.0 : scalar(gains[i]), n_iters[i], options, out_bytes > kPastCache});
         at += sizes[i];
         held.insert(held.end(), {w, u, v});
       }
       run_all(work);
     });
   });
+  return state;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> forward_list(std::vector<Tensor> weights, std::vector<Tensor> us,
+                                                     std::vector<Tensor> vs, std::vector<Tensor> gains,
+                                                     std::vector<int64_t> dims, std::vector<int64_t> n_iters,
+                                                     double eps, bool v_first, std::optional<double> bound,
+                                                     std::optional<ScalarType> out_dtype) {
+  std::vector<Tensor> outs;
+  const Tensor state = forward_work(weights, us, vs, gains, dims, n_iters, {eps, v_first, bound}, out_dtype, &outs);
   return {outs, state};
+}
+
+Tensor state_list(std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<Tensor> vs,
+                  std::vector<int64_t> dims, std::vector<int64_t> n_iters, double eps, bool v_first) {
+  return forward_work(weights, us, vs, {}, dims, n_iters, {eps, v_first, std::nullopt}, std::nullopt, nullptr);
 }
 
 std::tuple<std::vector<Tensor>, Tensor> backward_list(std::vector<Tensor> douts, std::vector<Tensor> weights,
@@ -177,4 +185,5 @@ STABLE_TORCH_LIBRARY_IMPL(weightxform, CPU, m) {
   m.impl("spectral_norm_bwd", TORCH_BOX(&wx::sn::backward));
   m.impl("spectral_norm_fwd_list", TORCH_BOX(&wx::sn::forward_list));
   m.impl("spectral_norm_bwd_list", TORCH_BOX(&wx::sn::backward_list));
+  m.impl("spectral_norm_state_list", TORCH_BOX(&wx::sn::state_list));
 }

@@ -43,7 +43,7 @@ struct Forward {
   using C = Compute<T>;
 
   const T* w;
-  O* out;
+  O* out;  // none: only the state is wanted
   Layout layout;
   const C *u0, *v0;
   C* state;
@@ -73,6 +73,7 @@ struct Forward {
     if (n_iter && (!std::isfinite(sigma_) || sigma_ == 0)) load_vectors();
     partial_ = Scratch<C>();
     store_state();
+    if (!out) return;
     const C s = static_cast<C>(Scale(static_cast<C>(sigma_), options.bound).s * gain);
     parallel(layout.blocks, [&](int64_t i) {
       const int64_t k = layout.blocks - 1 - i;  // last read, first in cache

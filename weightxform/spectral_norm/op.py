@@ -33,6 +33,11 @@ def _fake_fwd_list(weights, us, vs, gains, dims, n_iters, eps, v_first, bound, o
     return outs, weights[0].new_empty(size, dtype=opmath(weights[0].dtype))
 
 
+def _fake_state_list(weights, us, vs, dims, n_iters, eps, v_first):
+    size = sum(state_size(w, d) for w, d in zip(weights, dims, strict=True))
+    return weights[0].new_empty(size, dtype=opmath(weights[0].dtype))
+
+
 def _fake_bwd_list(douts, weights, state, offsets, gains, dims, bound):
     return [torch.empty_like(w) for w in weights], state.new_empty(len(weights))
 
@@ -153,6 +158,14 @@ def _case_fwd_list(names: tuple[str, ...], options: dict) -> Case:
     return make
 
 
+def _case_state_list(names: tuple[str, ...], options: dict) -> Case:
+    def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> tuple:
+        weights, us, vs, _, dims, n_iters, eps, v_first, *_ = _case_fwd_list(names, options)(dtype, device, generator)
+        return weights, us, vs, dims, n_iters, eps, v_first
+
+    return make
+
+
 def _case_bwd_list(names: tuple[str, ...], options: dict, skip: int = 0) -> Case:
     """``skip``: leave out that many members in front, whose states still lie in the state tensor."""
 
@@ -231,5 +244,17 @@ spectral_norm_bwd_list = register(
         cases={name: _case_bwd_list(*row) for name, row in _LISTS.items()}
         | {"two_of_three": _case_bwd_list(("linear", "conv", "one_row"), {}, skip=1)},
         bytes_moved=lambda douts, weights, *_: sum(map(_bytes_bwd, douts, weights)),
+    )
+)
+
+spectral_norm_state_list = register(
+    Op(
+        name="spectral_norm_state_list",
+        schema="(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] dims, int[] n_iters, float eps, bool v_first) "
+        "-> Tensor",
+        reference=reference.state_list,
+        fake=_fake_state_list,
+        cases={name: _case_state_list(*row) for name, row in _LISTS.items() if name != "gain_and_bound"},
+        bytes_moved=lambda weights, *_: sum(w.nbytes for w in weights),
     )
 )

@@ -150,6 +150,25 @@ def forward_list(
     return outs, torch.cat(states)
 
 
+def state_list(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dims: Sequence[int],
+    n_iters: Sequence[int],
+    eps: float,
+    v_first: bool,
+) -> Tensor:
+    """The state of :func:`forward_list`, without the outputs: for layers that fold s into their activations."""
+    states = []
+    for weight, u, v, dim, n_iter in zip(weights, us, vs, dims, n_iters, strict=True):
+        dtype = opmath(weight.dtype)
+        w = as_matrix(weight.to(dtype), dim)
+        u, v = iterate(w, u.to(dtype), v.to(dtype), n_iter, eps, v_first)
+        states.append(torch.cat([u, v, (u @ (w @ v)).reshape(1)]))
+    return torch.cat(states)
+
+
 def backward_list(
     douts: Sequence[Tensor],
     weights: Sequence[Tensor],
