@@ -42,7 +42,7 @@ def cuobjdump() -> str:
 
 
 def main() -> None:
-    if status["_cuda"] != "loaded":
+    if not status["_cuda"].startswith("loaded"):
         sys.exit(f"_cuda: {status['_cuda']}")
     ops = registered_in_sources()
     missing = [op for op in ops if not torch._C._dispatch_has_kernel_for_dispatch_key(f"weightxform::{op}", "CUDA")]

@@ -37,6 +37,11 @@ def capturing_cuda_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def when_cuda_starts(check: Callable[[], None]) -> None:
+    """Call ``check`` before the first CUDA tensor of this process (now, if there was one), without starting CUDA."""
+    torch.cuda._lazy_call(check)
+
+
 def special_mode() -> bool:
     """Under ``torch.func``, forward-mode AD, fake tensors or ``make_fx``: a weight computed now is not one to keep."""
     return functorch_active() or _forward_ad._current_level >= 0 or fake_or_proxy_mode()

@@ -7,6 +7,7 @@ loaded, and costs nothing per call. ``WEIGHTXFORM_BACKEND`` or ``with wx.backend
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
@@ -15,6 +16,7 @@ import torch
 NAMES = ("cuda", "triton", "cpu", "reference")
 DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",)}  # reference: any device
 
+retired: str | None = None  # why the kernels that were registered for CUDA tensors are not used
 forced: str | None = None  # read by Op.__call__; a plain global, so that torch.compile guards on it
 
 
@@ -23,7 +25,7 @@ def compiled(op_name: str, backend: str) -> bool:
     from .registry import OPS
 
     op = OPS[op_name]
-    if backend == "cuda" and op.triton_serves_cuda:
+    if backend == "cuda" and (retired is not None or op.triton_serves_cuda):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"weightxform::{op_name}", backend.upper())
 
@@ -49,9 +51,30 @@ def serving(op_name: str, device_type: str) -> tuple[str, str]:
         return forced, "forced by WEIGHTXFORM_BACKEND or wx.backend"
     if device_type in ("cpu", "cuda") and compiled(op_name, device_type):
         return device_type, "compiled kernel"
-    if device_type == "cuda" and OPS[op_name].triton_serves_cuda:
-        return "triton", "no compiled kernel loaded"
-    return "reference", f"no kernel for {device_type}"
+    cuda = device_type == "cuda"
+    if cuda and OPS[op_name].triton_serves_cuda:
+        return "triton", retired or "no compiled kernel loaded"
+    return "reference", (retired if cuda else None) or f"no kernel for {device_type}"
+
+
+def kernels_for_cuda() -> bool:
+    """Whether anything but the reference serves CUDA tensors."""
+    from .registry import OPS
+
+    return any(op.triton_serves_cuda or compiled(name, "cuda") for name, op in OPS.items())
+
+
+def retire_cuda(reason: str, triton: bool) -> None:
+    """From now on CUDA tensors use Triton (if allowed, for ops that have it) or the reference, whatever served them."""
+    global retired
+    from .registry import LIBRARY, OPS
+
+    retired = reason
+    for name, op in OPS.items():
+        op.triton_serves_cuda = triton and op.triton is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the dispatcher says that a kernel was there
+            LIBRARY.impl(name, op.triton if op.triton_serves_cuda else op.reference, "CUDA")
 
 
 def check(name: str) -> str:
@@ -60,15 +83,20 @@ def check(name: str) -> str:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     there = available()
     if name not in there:
-        raise RuntimeError(f"backend {name!r} is not available here; available: {', '.join(there)}")
+        raise RuntimeError(f"backend {name!r} is not available here{_why(name)}; available: {', '.join(there)}")
     return name
+
+
+def _why(name: str) -> str:
+    return f" ({retired})" if name == "cuda" and retired else ""
 
 
 def forced_call(op_name: str, default: Callable, reference: Callable, triton: Callable | None) -> Callable:
     """The overload that a forced backend means for one op."""
     there = available(op_name)
     if forced not in there:
-        raise RuntimeError(f"{op_name}: backend {forced!r} has no kernel for it; available: {', '.join(there)}")
+        why = _why(forced or "")
+        raise RuntimeError(f"{op_name}: backend {forced!r} has no kernel for it{why}; available: {', '.join(there)}")
     if forced == "reference":
         return reference
     if forced == "triton":

@@ -69,7 +69,7 @@ def _devices() -> dict[str, str]:
         text = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus)
         driver = _load.driver_version()
         found["cuda"] = text if driver is None else f"{text}, the driver knows CUDA {_load.release(driver)}"
-    elif torch.version.cuda is not None or _load.status.get("_cuda") == "loaded":
+    elif torch.version.cuda is not None or _load.kernels is not None:
         found["cuda"] = "no GPU"
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type not in found:

@@ -245,6 +245,8 @@ def run(args: Namespace) -> int:
     ops = [op for name, op in OPS.items() if fnmatch.fnmatch(name, args.op)]
     if device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: torch sees no CUDA GPU")
+    if device == "cuda":
+        torch.cuda.init()  # from here on it is known which backends this GPU can run
     if not ops:
         return _refuse(f"--op {args.op}: no op has such a name; there are {', '.join(OPS)}")
     rows = verify(ops, device, args.backend, [DTYPES[d] for d in args.dtype or DTYPES])
