@@ -1,5 +1,7 @@
 // Kernels with planted faults: what simt.h and the sanitizers must report.
 #include <cstring>
+#include <memory>
+#include <vector>
 
 __global__ void divergent(
     float* out) {  // the first warp waits at the barrier, the second in a shuffle, neither gets on
@@ -44,7 +46,7 @@ int main(int argc, char** argv) {
   if (!std::strcmp(fault, "order_matters")) {
     std::vector<float> other(64, -1.0f);
     WX_LAUNCH(order_matters, 1, 64, stream, out.data());
-    simt_order(simt::kReverse);
+    simt_order(1);
     WX_LAUNCH(order_matters, 1, 64, stream, other.data());
     return out == other ? 0 : 3;
   }

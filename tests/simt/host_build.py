@@ -11,7 +11,9 @@ import hashlib
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -20,7 +22,11 @@ from weightxform.registry import OPS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}  # enum Order of simt.h
+BUILD = ROOT / "build" / "simt"
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}  # of simt_order()
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+RACES = "-fsanitize=thread"
 
 _library = torch.library.Library("weightxform_simt", "FRAGMENT")
 
@@ -37,37 +43,44 @@ def compiler() -> list[str]:
     return os.environ.get("CXX", "g++").split()
 
 
-def compile_for_host(folder: Path, *flags: str) -> Path:
-    """The shared object; made once for each state of the sources, the flags and torch."""
-    torch_root = Path(torch.__file__).parent
-    sources = sorted(ROOT.glob("csrc/*/cuda*.cu"))
-    headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh"), HERE / "simt.h"]
-    command = [
-        *compiler(),
-        *("-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-        *(
-            "-Wall",
-            "-Wextra",
-            "-Wno-unknown-pragmas",
-            "-Werror",
-            "-DWX_SIMT",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        ),
-        *("-include", str(HERE / "simt.h"), "-isystem", f"{torch_root}/include", f"-I{ROOT}/csrc"),
-        *flags,
-        *("-shared", "-x", "c++", *map(str, sources), "-x", "none"),
-        *(f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
-    ]
-    key = hashlib.sha256(repr((command, torch.__version__)).encode())
-    for path in (*sources, *sorted(headers)):
+def build(name: str, sources: list[Path], link: list[str], *flags: str) -> Path:
+    """A program or shared object of CUDA sources and simt.cpp; made once for each state of the sources and flags.
+
+    With ``-fsanitize=thread`` simt.cpp is compiled without it, see there.
+    """
+    command = [*compiler(), "-O1", "-g", "-std=c++17", "-fPIC", "-pthread", *WARNINGS, "-include", str(HERE / "simt.h")]
+    plain = [f for f in flags if f != RACES]
+    machine = [*plain, "-DSIMT_RACES"] if RACES in flags else plain
+    jobs = [([*command, *machine, "-O2"], HERE / "simt.cpp"), *(([*command, *flags], source) for source in sources)]
+    key = hashlib.sha256(repr((jobs, link)).encode())
+    headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cuh")]
+    for path in (HERE / "simt.cpp", *sources, *sorted(headers)):
         key.update(path.read_bytes())
-    out = folder / f"simt-{key.hexdigest()[:16]}.so"
-    if not out.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = out.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(out)
+    out = BUILD / f"{name}-{key.hexdigest()[:16]}"
+    if out.exists():
+        return out
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder, ThreadPool(os.cpu_count()) as pool:
+        objects = [f"{folder}/{i}.o" for i in range(len(jobs))]
+
+        def compile_one(job: tuple[list[str], Path], target: str) -> None:
+            subprocess.run([*job[0], "-x", "c++", "-c", str(job[1]), "-o", target], check=True)
+
+        pool.starmap(compile_one, zip(jobs, objects, strict=True))
+        sanitizers = [f for f in flags if f.startswith("-fsanitize=")]
+        partial = f"{folder}/out"
+        subprocess.run([*compiler(), "-pthread", *sanitizers, *objects, *link, "-o", partial], check=True)
+        os.replace(partial, out)
     return out
+
+
+def compile_for_host(*flags: str) -> Path:
+    """Every ``csrc/*/cuda*.cu`` as one shared object."""
+    torch_root = Path(torch.__file__).parent
+    includes = ["-fvisibility=hidden", "-ffp-contract=off", "-DWX_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes += ["-isystem", f"{torch_root}/include", f"-I{ROOT}/csrc"]
+    link = ["-shared", f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return build("ops.so", sorted(ROOT.glob("csrc/*/cuda*.cu")), link, *includes, *flags)
 
 
 class HostGPU:
@@ -84,3 +97,17 @@ class HostGPU:
 
     def order(self, name: str) -> None:
         self.library.simt_order(ORDERS[name])
+
+    def device(self, sms: int = 4, shared_bytes: int = 64 << 10, cooperative: bool = True) -> None:
+        """What the C++ around the kernels hears of the device; without arguments, the default."""
+        self.library.simt_device(sms, shared_bytes, int(cooperative))
+
+    def barriers(self) -> dict[str, str]:
+        """The barriers that kernels reached until now, as ``file:line``, and their kinds."""
+        self.library.simt_barriers.restype = ctypes.c_char_p
+        lines = self.library.simt_barriers().decode().splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines)
+
+    def drop(self, place: str | None) -> None:
+        """Makes the barrier at ``file:line`` do nothing, or with None, none."""
+        self.library.simt_drop(place.encode() if place else None)

@@ -1,278 +1,242 @@
-// A GPU for the tests: CUDA kernels as ordinary C++, one fiber for each thread of a block, block after block.
+// A GPU for the tests: CUDA kernels as ordinary C++. simt.cpp is the machine; here is what kernels see of it, and that
+// list is complete: a kernel that needs more of CUDA adds it here.
 //
-// Fibers change only at barriers and shuffles, in the order that simt_order() sets. A barrier that some thread never
-// reaches (a hang on a GPU) ends the program with a message. It does not show what is about memory ordering between
-// blocks, coalescing, occupancy or speed.
+// A thread of a kernel is a fiber, a block has an OS thread of its own where blocks have to be alive together
+// (cooperative launches, race checks), and only one of all of them runs at any time. Fibers change only at barriers and
+// shuffles, blocks only at a grid sync and at their end, in the order that simt_order() sets. A barrier that some
+// thread never reaches (a hang on a GPU) ends the program with a message.
+//
+// It does not show what is about memory ordering (every atomic is acquire and release, a fence does nothing),
+// coalescing, bank conflicts, occupancy, inline PTX, the rounding of GPU-only functions, or speed.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
-#include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 using cudaStream_t = void*;
 
+#define SIMT_VECTOR(name, T)                                                     \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                             \
+  struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                     \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+SIMT_VECTOR(int, int)
+SIMT_VECTOR(uint, unsigned)
+SIMT_VECTOR(float, float)
+SIMT_VECTOR(double, double)
+#undef SIMT_VECTOR
+
 namespace simt {
 
-constexpr size_t kStack = 256 << 10;  // the sanitizers need deep frames; pages are touched when used
 constexpr unsigned kWarp = 32;
 
-enum Order { kForward, kReverse, kRandom };
-inline Order order = kForward;  // of the threads of a block, and of the blocks
+struct Thread {
+  uint3 index;
+  unsigned rank;  // in the block
+};
+struct BlockView {
+  uint3 index;
+  dim3 size, grid;
+  unsigned char* shared;
+};
+extern Thread* current;
+extern BlockView* block;
 
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
+// A place in the source: barriers are named by it, and can be made to do nothing (simt_drop).
+struct Place {
+  const char* file;
+  int line;
 };
 
-struct Fiber {
-  unsigned index = 0;
-  bool done = false;
-  char* stack = nullptr;
-#if defined(__x86_64__)
-  void* pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  void* fake_stack = nullptr;
+void block_barrier(Place place);
+void grid_barrier(Place place);
+// Every lane's value, once all lanes of the mask have come; `ordered`: what they wrote is seen, too.
+const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place);
+[[noreturn]] void fail(const char* what);
+
+struct Launch {
+  dim3 grid, size;
+  size_t shared;
+  bool cooperative;
+  void (*body)(void*);
+  void* arguments;
 };
-
-struct Warp {
-  Barrier barrier;
-  uint64_t values[2][kWarp];  // of even and odd generations: a fast lane may be one exchange ahead
-};
-
-struct Block {
-  dim3 index, size, grid;
-  std::vector<Fiber> threads;
-  std::vector<unsigned> turns;  // the next thread to run after each
-  std::vector<Warp> warps;
-  Barrier barrier;
-  unsigned alive = 0;
-  uint64_t idle = 0;  // switches since somebody got on
-  Fiber scheduler;
-  void (*body)(void*) = nullptr;
-  void* arguments = nullptr;
-};
-
-inline Block* block = nullptr;
-inline Fiber* current = nullptr;
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "simt: %s (block %u,%u,%u, thread %u)\n", what, block->index.x, block->index.y, block->index.z,
-               current->index);
-  std::abort();
-}
-
-#if defined(__x86_64__)
-extern "C" void simt_switch(void** save, void* next);
-asm(R"(
-.section .text.simt_switch,"axG",@progbits,simt_switch,comdat
-.weak simt_switch
-.type simt_switch,@function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-.text
-)");
-#endif
-
-inline void switch_to(Fiber* to) {
-  Fiber* from = current;
-  current = to;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack, to->stack, to->stack ? kStack : 0);
-#endif
-#if defined(__x86_64__)
-  simt_switch(&from->pointer, to->pointer);
-#else
-  swapcontext(&from->context, &to->context);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
-#endif
-}
-
-inline Fiber* next_thread() {
-  unsigned i = current->index;
-  for (unsigned n = block->threads.size(); n; n--) {
-    i = block->turns[i];
-    if (!block->threads[i].done) return &block->threads[i];
-  }
-  return &block->scheduler;
-}
-
-inline void release(Barrier& b) {
-  b.arrived = 0;
-  b.generation++;
-  block->idle = 0;
-}
-
-inline void wait(Barrier& b, unsigned expected) {
-  const unsigned generation = b.generation;
-  if (++b.arrived == expected) return release(b);
-  while (b.generation == generation) {
-    if (++block->idle > 4 * block->threads.size() + 64) fail("a barrier or shuffle that some thread does not reach");
-    Fiber* next = next_thread();
-    if (next != current) switch_to(next);
-  }
-}
-
-inline void thread_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
-  block->body(block->arguments);
-  current->done = true;
-  block->alive--;
-  block->idle = 0;
-  if (block->alive && block->barrier.arrived == block->alive) release(block->barrier);  // exited threads do not count
-  switch_to(next_thread());
-  std::abort();
-}
-
-inline std::vector<unsigned> permutation(unsigned n, unsigned seed) {
-  std::vector<unsigned> p(n);
-  for (unsigned i = 0; i < n; i++) p[i] = order == kReverse ? n - 1 - i : i;
-  uint64_t state = seed * 77 + 1;
-  for (unsigned i = n; order == kRandom && i > 1; i--) {
-    state = state * 6364136223846793005u + 1;
-    std::swap(p[i - 1], p[(state >> 33) % i]);
-  }
-  return p;
-}
-
-inline void run_block(Block& b, char* stacks, unsigned seed) {
-  const unsigned n = b.size.x * b.size.y * b.size.z;
-  b.threads.assign(n, Fiber{});
-  b.turns.resize(n);
-  b.warps.assign((n + kWarp - 1) / kWarp, Warp{});
-  b.barrier = {};
-  b.alive = n;
-  b.idle = 0;
-  const std::vector<unsigned> turns = permutation(n, seed);
-  for (unsigned i = 0; i < n; i++) {
-    Fiber& f = b.threads[i];
-    f.index = i;
-    f.stack = stacks + i * kStack;
-    b.turns[turns[i]] = turns[(i + 1) % n];
-#if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(f.stack + kStack);
-    *--top = nullptr;
-    *--top = reinterpret_cast<void*>(thread_main);
-    top -= 6;  // the registers that simt_switch pops
-    f.pointer = top;
-#else
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStack;
-    makecontext(&f.context, thread_main, 0);
-#endif
-  }
-  block = &b;
-  current = &b.scheduler;
-  switch_to(&b.threads[turns[0]]);
-}
+void run(const Launch& launch);
+int resident_blocks(int threads, int shared_bytes);
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 size, A&&... a) {
+void launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 size, size_t shared, A&&... a) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> arguments;
   } call{kernel, {std::forward<A>(a)...}};
-  Block b;
-  b.size = size;
-  b.grid = grid;
-  b.arguments = &call;
-  b.body = [](void* p) {
+  const auto body = [](void* p) {
     auto* c = static_cast<Call*>(p);
     std::apply(c->kernel, c->arguments);
   };
-  const size_t threads = size_t{size.x} * size.y * size.z;
-  const size_t blocks = size_t{grid.x} * grid.y * grid.z;
-  static std::unique_ptr<char[]> stacks;
-  static size_t held = 0;
-  if (threads > held) stacks.reset(new char[(held = threads) * kStack]);
-  for (unsigned i : permutation(blocks, 7)) {
-    b.index = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-    run_block(b, stacks.get(), i);
-  }
+  run({grid, size, shared, cooperative, body, &call});
 }
 
-// Every lane's value, once all lanes of the warp have come.
-inline const uint64_t* exchange(unsigned mask, uint64_t value) {
-  const unsigned lane = current->index % kWarp, first = current->index - lane;
-  const unsigned lanes = std::min<unsigned>(kWarp, block->threads.size() - first);
-  if (mask != 0xffffffffu || lanes != kWarp) fail("a shuffle must name, and have, a whole warp");
-  Warp& warp = block->warps[current->index / kWarp];
-  const unsigned parity = warp.barrier.generation & 1;
-  warp.values[parity][lane] = value;
-  wait(warp.barrier, lanes);
-  return warp.values[parity];
-}
-
-inline dim3 thread_index() {
-  const unsigned i = current->index, x = block->size.x, y = block->size.y;
-  return {i % x, i / x % y, i / (x * y)};
+// The value of lane source(lane), which must be in the mask.
+template <class T, class F>
+T shuffle(unsigned mask, T value, const char* what, const F& source) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* all = exchange(mask, bits, what, false, {});
+  const unsigned from = source(current->rank % kWarp) % kWarp;
+  if (!(mask >> from & 1)) fail("a shuffle reads from a lane that is not in its mask");
+  std::memcpy(&value, &all[from], sizeof(T));
+  return value;
 }
 
 }  // namespace simt
 
-extern "C" __attribute__((used, visibility("default"))) inline void simt_order(int order) {
-  simt::order = static_cast<simt::Order>(order);
+// For the tests. The order of threads and of blocks: 0 forward, 1 reverse, 2 random.
+extern "C" void simt_order(int order);
+// The device that the queries below describe: 4 SMs, 64 KiB and cooperative launches unless told otherwise.
+extern "C" void simt_device(int sms, int shared_bytes, int cooperative);
+// Every barrier reached until now, one "file:line kind" a line; the text is valid until the next call.
+extern "C" const char* simt_barriers();
+// Makes the barrier at this place, "file:line", do nothing; a grid sync becomes __syncthreads. nullptr: none.
+extern "C" void simt_drop(const char* place);
+
+// --- launches, shared memory, host-side queries ---------------------------------------------------------------------
+
+#define WX_LAUNCH(kernel, grid, threads, stream, ...) WX_LAUNCH_SHARED(kernel, grid, threads, 0, stream, __VA_ARGS__)
+#define WX_LAUNCH_SHARED(kernel, grid, threads, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), simt::launch(false, kernel, grid, threads, shared_bytes, ##__VA_ARGS__))
+#define WX_LAUNCH_COOPERATIVE(kernel, grid, threads, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), simt::launch(true, kernel, grid, threads, shared_bytes, ##__VA_ARGS__))
+#define WX_DYNAMIC_SHARED(name) unsigned char* const name = simt::block->shared
+
+namespace wx::gpu {
+
+inline void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::grid_barrier({file, line});
 }
+
+int sm_count();
+int max_shared_bytes();
+bool cooperative_launch();
+template <class K>
+int resident_blocks(K, int threads, int shared_bytes) {
+  return simt::resident_blocks(threads, shared_bytes);
+}
+
+}  // namespace wx::gpu
+
+// --- CUDA C++ --------------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
-#define threadIdx (simt::thread_index())
-#define blockIdx (simt::block->index)
-#define blockDim (simt::block->size)
-#define gridDim (simt::block->grid)
-#define WX_LAUNCH(kernel, grid, threads, stream, ...) \
-  (static_cast<void>(stream), simt::launch(kernel, grid, threads, __VA_ARGS__))
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static thread_local
+#define threadIdx (static_cast<const uint3&>(simt::current->index))
+#define blockIdx (static_cast<const uint3&>(simt::block->index))
+#define blockDim (static_cast<const dim3&>(simt::block->size))
+#define gridDim (static_cast<const dim3&>(simt::block->grid))
 
-inline void __syncthreads() { simt::wait(simt::block->barrier, simt::block->alive); }
-
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int offset) {
-  static_assert(sizeof(T) <= 8);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  const uint64_t* all = simt::exchange(mask, bits);
-  std::memcpy(&value, &all[(simt::current->index % simt::kWarp) ^ offset], sizeof(T));
-  return value;
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::block_barrier({file, line});
 }
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::exchange(mask, 0, "__syncwarp", true, {file, line});
+}
+
+// width: the warp in parts of so many lanes, as in CUDA.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  return simt::shuffle(mask, value, "__shfl_sync", [&](unsigned lane) {
+    return (lane & ~(width - 1u)) | (static_cast<unsigned>(source) & (width - 1u));
+  });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32) {
+  return simt::shuffle(mask, value, "__shfl_xor_sync", [&](unsigned lane) {
+    const unsigned from = lane ^ static_cast<unsigned>(flip);
+    return (from & ~(width - 1u)) > (lane & ~(width - 1u)) ? lane : from;
+  });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  return simt::shuffle(mask, value, "__shfl_down_sync", [&](unsigned lane) {
+    return (lane & (width - 1u)) + by < static_cast<unsigned>(width) ? lane + by : lane;
+  });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  return simt::shuffle(mask, value, "__shfl_up_sync",
+                       [&](unsigned lane) { return (lane & (width - 1u)) >= by ? lane - by : lane; });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* all = simt::exchange(mask, predicate != 0, "__ballot_sync", false, {});
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < simt::kWarp; lane++)
+    if (mask >> lane & 1) bits |= static_cast<unsigned>(all[lane]) << lane;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+// Integers only: sums of floats must not depend on the schedule.
+template <class T>
+std::enable_if_t<std::is_integral_v<T>, T> atomicAdd(T* p, std::common_type_t<T> value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+}
+template <class T>
+std::enable_if_t<std::is_integral_v<T>, T> atomicExch(T* p, std::common_type_t<T> value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL);
+}
+template <class T>
+std::enable_if_t<std::is_integral_v<T>, T> atomicCAS(T* p, std::common_type_t<T> expected,
+                                                     std::common_type_t<T> value) {
+  __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return expected;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+// Cache hints.
+#define SIMT_LOAD(name) \
+  template <class T>    \
+  T name(const T* p) {  \
+    return *p;          \
+  }
+#define SIMT_STORE(name)                         \
+  template <class T>                             \
+  void name(T* p, std::common_type_t<T> value) { \
+    *p = value;                                  \
+  }
+SIMT_LOAD(__ldg)
+SIMT_LOAD(__ldcs)
+SIMT_LOAD(__ldcg)
+SIMT_LOAD(__ldlu)
+SIMT_STORE(__stcs)
+SIMT_STORE(__stcg)
+#undef SIMT_LOAD
+#undef SIMT_STORE
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 using std::max;
 using std::min;

@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_build import HERE, ORDERS, ROOT, HostGPU, compile_for_host, compiler, cuda_ops
+from host_build import HERE, MEMORY, ORDERS, HostGPU, build, compile_for_host, compiler, cuda_ops
 
 from weightxform.registry import OPS
 from weightxform.spectral_norm import reference
 from weightxform.spectral_norm.op import make_inputs
 from weightxform.verify import check_case, flatten, make_args
 
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-
 
 @pytest.fixture(scope="session")
 def gpu() -> HostGPU:
-    return HostGPU(compile_for_host(ROOT / "build" / "simt"))
+    return HostGPU(compile_for_host())
 
 
 @pytest.mark.parametrize("name", cuda_ops())
@@ -109,7 +107,7 @@ def _environment() -> dict[str, str]:
 
 
 def test_every_case_under_address_and_undefined_behaviour_sanitizers():
-    library = compile_for_host(ROOT / "build" / "simt", *SANITIZERS)
+    library = compile_for_host(*MEMORY)
     command = [sys.executable, str(HERE / "sanitized.py"), str(library), "bfloat16"]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,11 +115,8 @@ def test_every_case_under_address_and_undefined_behaviour_sanitizers():
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("simt") / "faults"
-    flags = ["-std=c++17", "-O1", "-g", SANITIZERS[0], "-include", str(HERE / "simt.h"), "-x", "c++"]
-    subprocess.run([*compiler(), *flags, str(HERE / "faults.cu"), "-o", str(out)], check=True)
-    return out
+def faults() -> Path:
+    return build("faults", [HERE / "faults.cu"], [], *MEMORY)
 
 
 @pytest.mark.parametrize(

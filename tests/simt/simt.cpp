@@ -1,0 +1,537 @@
+// The machine behind simt.h. It is compiled without the thread sanitizer in every build: its bookkeeping and its
+// hand-overs then order nothing, and only what the annotations say counts as synchronisation between CUDA threads.
+#include "simt.h"
+
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(SIMT_RACES)  // the rest of the program is compiled with the thread sanitizer
+extern "C" {
+void* __tsan_create_fiber(unsigned flags);
+void* __tsan_get_current_fiber();
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+
+namespace simt {
+
+Thread* current = nullptr;
+BlockView* block = nullptr;
+
+namespace {
+
+constexpr size_t kStack = 256 << 10;  // the sanitizers need deep frames; pages are touched when used
+
+#if defined(SIMT_RACES)
+constexpr unsigned kFibers = 192;  // at once: clang's runtime has 256 slots
+void acquire(void* p) { __tsan_acquire(p); }
+void release(void* p) { __tsan_release(p); }
+#else
+void acquire(void*) {}
+void release(void*) {}
+#endif
+
+enum Order { kForward, kReverse, kRandom };
+Order order = kForward;
+
+struct Device {
+  int sms = 4, shared_bytes = 64 << 10;
+  bool cooperative = true;
+} device;
+constexpr int kBlocksOfSM = 2, kThreadsOfSM = 2048;
+
+std::set<std::string> barriers;  // those reached: "file:line kind", of the path only the last part
+std::string dropped;             // "file:line"
+
+// Its two addresses alternate: with one, a thread that is already at the next barrier would be ordered before one that
+// has not left this one.
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+  char order[2];
+};
+
+struct Fiber : Thread {
+  bool done = false;
+  const void* stack = nullptr;
+  size_t stack_size = 0;
+#if defined(__x86_64__)
+  void* pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  void* fake_stack = nullptr;
+  void* races = nullptr;  // the thread that the sanitizer sees
+};
+
+struct Exchange {
+  unsigned mask = 0;
+  const char* what = nullptr;
+  Barrier barrier;
+  uint64_t values[2][kWarp];  // of even and odd generations: a fast lane may be one exchange ahead
+};
+
+struct Worker;
+struct Grid;
+
+struct Block : BlockView {
+  Worker* worker = nullptr;
+  Grid* all = nullptr;
+  std::vector<Fiber> threads;
+  std::vector<unsigned> turns;              // the next thread to run after each
+  std::vector<std::deque<Exchange>> warps;  // of each warp, one for every mask in use
+  Barrier barrier;
+  unsigned alive = 0, at_grid = 0;
+  uint64_t idle = 0;  // switches since somebody got on
+  Fiber scheduler;
+  char start = 0, end = 0;  // addresses for the sanitizer
+};
+
+Block& here() { return *static_cast<Block*>(block); }
+Fiber& me() { return *static_cast<Fiber*>(current); }
+
+// The right to run. A futex by hand: the sanitizer would take any other lock for synchronisation between the blocks.
+class Baton {
+ public:
+  void wait() {
+    while (!up_.load()) futex(FUTEX_WAIT_PRIVATE, 0);
+    up_.store(0);
+  }
+  void pass() {
+    up_.store(1);
+    futex(FUTEX_WAKE_PRIVATE, 1);
+  }
+
+ private:
+  std::atomic<int> up_{0};
+  void futex(int operation, int value) { syscall(SYS_futex, &up_, operation, value, nullptr, nullptr, 0); }
+};
+
+enum State { kReady, kAtGridSync, kFinished };
+
+// An OS thread with its blocks, one after the other; its static thread_local variables are their __shared__ ones.
+struct Worker {
+  State state = kReady;
+  Baton baton;
+  std::deque<unsigned> blocks;
+  Block current;
+  unsigned number = 0;
+};
+
+struct Grid {
+  const Launch& launch;
+  std::deque<Worker> workers;
+  std::vector<unsigned> turns;  // of the workers
+  unsigned turn = 0;
+  Barrier barrier;
+  Baton finished;
+
+  Worker* next();
+};
+
+std::vector<unsigned> permutation(unsigned n, unsigned seed) {
+  std::vector<unsigned> p(n);
+  for (unsigned i = 0; i < n; i++) p[i] = order == kReverse ? n - 1 - i : i;
+  uint64_t state = seed * 77 + 1;
+  for (unsigned i = n; order == kRandom && i > 1; i--) {
+    state = state * 6364136223846793005u + 1;
+    std::swap(p[i - 1], p[(state >> 33) % i]);
+  }
+  return p;
+}
+
+// Which worker goes on; none if all have finished.
+Worker* Grid::next() {
+  for (size_t n = workers.size(); n; n--) {
+    turn = (turn + 1) % workers.size();
+    if (workers[turns[turn]].state == kReady) return &workers[turns[turn]];
+  }
+  for (const Worker& w : workers)
+    if (w.state == kAtGridSync) fail("a grid sync that some block does not reach");
+  return nullptr;
+}
+
+void hand_over(Grid& grid, Worker& from) {
+  Worker* to = grid.next();
+  if (to == &from) return;
+  Thread* const thread = current;
+  BlockView* const its_block = block;
+  const bool back = from.state != kFinished;  // read before somebody else runs
+  (to ? to->baton : grid.finished).pass();
+  if (!back) return;
+  from.baton.wait();
+  current = thread;
+  block = its_block;
+}
+
+#if defined(__x86_64__)
+extern "C" void simt_switch(void** save, void* next);
+asm(R"(
+.text
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch, .-simt_switch
+)");
+#endif
+
+void arrived_on_stack([[maybe_unused]] void* fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  Fiber& s = here().scheduler;  // the first to arrive comes from there, and finds out where its stack is
+  __sanitizer_finish_switch_fiber(fake_stack, s.stack ? nullptr : &s.stack, s.stack ? nullptr : &s.stack_size);
+#endif
+}
+
+void switch_to(Fiber* to) {
+  Fiber* from = &me();
+  current = to;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack, to->stack, to->stack_size);
+#endif
+#if defined(SIMT_RACES)
+  __tsan_switch_to_fiber(to->races, 1);  // 1: this orders nothing
+#endif
+#if defined(__x86_64__)
+  simt_switch(&from->pointer, to->pointer);
+#else
+  swapcontext(&from->context, &to->context);
+#endif
+  arrived_on_stack(from->fake_stack);
+}
+
+Fiber* next_thread() {
+  Block& b = here();
+  unsigned i = me().rank;
+  for (size_t n = b.threads.size(); n; n--) {
+    i = b.turns[i];
+    if (!b.threads[i].done) return &b.threads[i];
+  }
+  return &b.scheduler;
+}
+
+void yield() {
+  Block& b = here();
+  if (++b.idle > 4 * b.threads.size() + 64)
+    fail(b.at_grid ? "a grid sync that some thread of the block does not reach"
+                   : "a barrier or shuffle that some thread does not reach");
+  Fiber* next = next_thread();
+  if (next != &me()) switch_to(next);
+}
+
+void open(Barrier& b) {
+  b.arrived = 0;
+  b.generation++;
+  here().idle = 0;
+}
+
+void wait(Barrier& b, unsigned expected, bool ordered) {
+  const unsigned generation = b.generation;
+  char* at = &b.order[generation & 1];
+  if (ordered) release(at);
+  if (++b.arrived == expected) open(b);
+  while (b.generation == generation) yield();
+  if (ordered) acquire(at);
+}
+
+struct Known {
+  Place place;
+  bool dropped;
+};
+std::vector<Known> known;
+
+// Notes that the barrier was reached; true if it is the one to leave out.
+bool is_dropped(Place place, const char* kind) {
+  for (const Known& k : known)
+    if (k.place.line == place.line && k.place.file == place.file) return k.dropped;
+  const char* slash = std::strrchr(place.file, '/');
+  const std::string name = std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
+  barriers.insert(name + " " + kind);
+  known.push_back({place, name == dropped});
+  return known.back().dropped;
+}
+
+void thread_main() {
+  arrived_on_stack(nullptr);
+  Block& b = here();
+  acquire(&b.start);
+  b.all->launch.body(b.all->launch.arguments);
+  release(&b.end);
+  me().done = true;
+  b.alive--;
+  b.idle = 0;
+  if (b.alive && b.barrier.arrived == b.alive) open(b.barrier);  // exited threads do not count
+  switch_to(next_thread());
+  std::abort();
+}
+
+// Stacks, and the sanitizer's fibers, which are slow to make. Kept: launches come one at a time.
+char* stacks_of(unsigned worker, size_t threads) {
+  struct Stacks {
+    char* memory = nullptr;
+    size_t threads = 0;
+  };
+  static std::deque<Stacks> pool;
+  while (pool.size() <= worker) pool.emplace_back();
+  Stacks& s = pool[worker];
+  if (threads > s.threads) {
+    if (s.memory) munmap(s.memory, s.threads * kStack);
+    void* p =
+        mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::runtime_error("simt: no memory for the stacks of a block");
+    s = {static_cast<char*>(p), threads};
+  }
+  return s.memory;
+}
+
+#if defined(SIMT_RACES)
+void* races_of(unsigned worker, unsigned thread) {
+  static std::deque<std::deque<void*>> pool;
+  while (pool.size() <= worker) pool.emplace_back();
+  while (pool[worker].size() <= thread) pool[worker].push_back(__tsan_create_fiber(0));
+  return pool[worker][thread];
+}
+#endif
+
+void run_block(Grid& grid, Worker& worker, unsigned number) {
+  const Launch& launch = grid.launch;
+  const unsigned n = launch.size.x * launch.size.y * launch.size.z;
+  const dim3 g = launch.grid, size = launch.size;
+  Block& b = worker.current;
+  // Exact, so that the address sanitizer sees an overrun; NaN, so that what was never written shows.
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[launch.shared]);
+  std::memset(shared.get(), 0xff, launch.shared);
+  b = Block{};
+  b.index = {number % g.x, number / g.x % g.y, number / (g.x * g.y)};
+  b.size = size;
+  b.grid = g;
+  b.shared = shared.get();
+  b.worker = &worker;
+  b.all = &grid;
+  b.threads.resize(n);
+  b.turns.resize(n);
+  b.warps.resize((n + kWarp - 1) / kWarp);
+  b.alive = n;
+  char* stacks = stacks_of(worker.number, n);
+  const std::vector<unsigned> turns = permutation(n, number);
+  for (unsigned i = 0; i < n; i++) {
+    Fiber& f = b.threads[i];
+    f.rank = i;
+    f.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    char* stack = stacks + i * kStack;
+    f.stack = stack;
+    f.stack_size = kStack;
+    b.turns[turns[i]] = turns[(i + 1) % n];
+#if defined(SIMT_RACES)
+    f.races = races_of(worker.number, i);
+#endif
+#if defined(__x86_64__)
+    void** top = reinterpret_cast<void**>(stack + kStack);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(thread_main);
+    top -= 6;  // the registers that simt_switch pops
+    f.pointer = top;
+#else
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = stack;
+    f.context.uc_stack.ss_size = kStack;
+    makecontext(&f.context, thread_main, 0);
+#endif
+  }
+#if defined(SIMT_RACES)
+  b.scheduler.races = __tsan_get_current_fiber();
+#endif
+  block = &b;
+  current = &b.scheduler;
+  release(&b.start);
+  switch_to(&b.threads[turns[0]]);
+  acquire(&b.end);
+}
+
+void work(Grid& grid, Worker& worker) {
+  while (!worker.blocks.empty()) {
+    const unsigned number = worker.blocks.front();
+    worker.blocks.pop_front();
+    run_block(grid, worker, number);
+    if (worker.blocks.empty()) worker.state = kFinished;
+    hand_over(grid, worker);
+  }
+}
+
+void check(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error("simt: " + what);
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  std::fprintf(stderr, "simt: %s (block %u,%u,%u, thread %u)\n", what, block->index.x, block->index.y, block->index.z,
+               current->rank);
+  std::abort();
+}
+
+void block_barrier(Place place) {
+  if (!is_dropped(place, "__syncthreads")) wait(here().barrier, here().alive, true);
+}
+
+const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place) {
+  if (place.file && is_dropped(place, what)) return nullptr;
+  Block& b = here();
+  const unsigned lane = me().rank % kWarp, first = me().rank - lane;
+  if (!(mask >> lane & 1)) fail("a lane that is not in the mask of its shuffle");
+  for (unsigned i = 0; i < kWarp; i++)
+    if (mask >> i & 1 && (first + i >= b.threads.size() || b.threads[first + i].done))
+      fail("a shuffle names a lane that the block does not have, or that has returned");
+  std::deque<Exchange>& warp = b.warps[me().rank / kWarp];
+  Exchange* e = nullptr;
+  for (Exchange& known : warp)
+    if (known.mask == mask) e = &known;
+  if (!e) {
+    e = &warp.emplace_back();
+    e->mask = mask;
+  }
+  if (e->barrier.arrived == 0) e->what = what;
+  if (e->what != what) fail("lanes of one warp are in different shuffles");
+  const unsigned parity = e->barrier.generation & 1;
+  e->values[parity][lane] = value;
+  wait(e->barrier, __builtin_popcount(mask), ordered);
+  return e->values[parity];
+}
+
+void grid_barrier(Place place) {
+  Block& b = here();
+  Grid& grid = *b.all;
+  if (!grid.launch.cooperative) fail("a grid sync in a launch that is not cooperative");
+  if (is_dropped(place, "grid_sync")) return wait(b.barrier, b.alive, true);
+  const unsigned generation = grid.barrier.generation;
+  char* at = &grid.barrier.order[generation & 1];
+  release(at);
+  if (++b.at_grid == b.threads.size()) {  // a thread that has returned counts: a GPU hangs, and we say so
+    b.at_grid = 0;
+    b.worker->state = kAtGridSync;
+    if (++grid.barrier.arrived == grid.workers.size()) {
+      open(grid.barrier);
+      for (Worker& w : grid.workers) w.state = kReady;
+      grid.turns = permutation(grid.workers.size(), 7 + grid.barrier.generation);
+      grid.turn = grid.workers.size() - 1;
+    }
+    hand_over(grid, *b.worker);
+    b.idle = 0;
+  } else {
+    while (grid.barrier.generation == generation) yield();
+  }
+  acquire(at);
+}
+
+int resident_blocks(int threads, int shared_bytes) {
+  if (threads > 1024 || shared_bytes > device.shared_bytes) return 0;
+  const int by_shared = shared_bytes ? device.shared_bytes / shared_bytes : kBlocksOfSM;
+  return std::min({kBlocksOfSM, kThreadsOfSM / threads, by_shared}) * device.sms;
+}
+
+void run(const Launch& launch) {
+  const dim3 g = launch.grid;
+  const size_t threads = size_t{launch.size.x} * launch.size.y * launch.size.z, blocks = size_t{g.x} * g.y * g.z;
+  check(threads >= 1 && threads <= 1024, "a block must have 1 to 1024 threads, not " + std::to_string(threads));
+  check(blocks >= 1 && g.x < 1u << 31 && g.y < 1u << 16 && g.z < 1u << 16,
+        "a grid must have at least one block and at most 2^31-1, 65535, 65535 along its axes");
+  check(launch.shared <= static_cast<size_t>(device.shared_bytes),
+        std::to_string(launch.shared) + " bytes of shared memory of " + std::to_string(device.shared_bytes));
+  if (launch.cooperative) {
+    check(device.cooperative, "a cooperative launch on a device that has none");
+    const size_t fit = resident_blocks(static_cast<int>(threads), static_cast<int>(launch.shared));
+    check(blocks <= fit, "a cooperative launch of " + std::to_string(blocks) + " blocks where " + std::to_string(fit) +
+                             " are resident together");
+  }
+  size_t workers = launch.cooperative ? blocks : 1;
+#if defined(SIMT_RACES)  // each worker's blocks follow each other, so that only blocks of different workers can race
+  if (!launch.cooperative) workers = std::min(blocks, std::max<size_t>(2, kFibers / threads));
+#endif
+  Grid grid{launch, {}, {}, 0, {}, {}};
+  const std::vector<unsigned> turns = permutation(blocks, 7);
+  for (size_t i = 0; i < workers; i++) {
+    Worker& w = grid.workers.emplace_back();
+    w.number = i;
+    for (size_t k = i; k < blocks; k += workers) w.blocks.push_back(turns[k]);
+    grid.turns.push_back(i);
+  }
+  if (workers == 1) return work(grid, grid.workers[0]);
+  std::vector<std::thread> running;
+  for (Worker& w : grid.workers) {
+    running.emplace_back([&grid, &w] {
+      w.baton.wait();
+      work(grid, w);
+    });
+  }
+  grid.workers[0].baton.pass();
+  grid.finished.wait();
+  for (std::thread& t : running) t.join();
+}
+
+}  // namespace simt
+
+namespace wx::gpu {
+int sm_count() { return simt::device.sms; }
+int max_shared_bytes() { return simt::device.shared_bytes; }
+bool cooperative_launch() { return simt::device.cooperative; }
+}  // namespace wx::gpu
+
+#define SIMT_EXPORT extern "C" __attribute__((used, visibility("default")))
+
+SIMT_EXPORT void simt_order(int order) { simt::order = static_cast<simt::Order>(order); }
+
+SIMT_EXPORT void simt_device(int sms, int shared_bytes, int cooperative) {
+  simt::device = {sms, shared_bytes, cooperative != 0};
+}
+
+SIMT_EXPORT const char* simt_barriers() {
+  static std::string text;
+  text.clear();
+  for (const std::string& b : simt::barriers) text += b + "\n";
+  return text.c_str();
+}
+
+SIMT_EXPORT void simt_drop(const char* place) {
+  simt::dropped = place ? place : "";
+  simt::known.clear();
+}
