@@ -52,6 +52,17 @@ def freezing_trace() -> bool:
     return torch._C._is_tracing() or fx_tracing()
 
 
+def ordinary() -> bool:
+    """Neither :func:`special_mode` nor :func:`freezing_trace`, asked at every read: so in one call."""
+    return (
+        torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+        and _forward_ad._current_level < 0
+        and (torch._C._len_torch_dispatch_stack() == 0 or not fake_or_proxy_mode())
+        and not torch._C._is_tracing()
+        and not (torch.fx._symbolic_trace._is_fx_tracing_flag and fx_tracing())
+    )
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast casts to on this device; ``None`` where it is off, or does not exist (meta)."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):

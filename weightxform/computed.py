@@ -122,8 +122,8 @@ class _Vacancy(dict):
 
 def _stack(module: nn.Module, name: str, slot: Slot, raw: Tensor | None, transform: nn.Module) -> Tensor | None:
     """Another transform on top of those that are there."""
-    entry = slot.entry
-    if entry is None or raw is not entry.out:
+    value = slot.weight.value
+    if value is None or raw is not value:
         raise ValueError(
             f"ComputedParameter: {type(module).__name__}.{name} is computed already; wx.bake it first, or give "
             f"module.{name} itself as raw to put the transform on top"
@@ -131,7 +131,7 @@ def _stack(module: nn.Module, name: str, slot: Slot, raw: Tensor | None, transfo
     child = child_name(name)
     below = module._modules[child]
     assert below is not None
-    evaluate.attach(transform, entry.out.detach(), module, name)
+    evaluate.attach(transform, value.detach(), module, name)
     links = list(below) if type(below) is nn.Sequential else [below]
     transform.train(module.training)
     module._modules[child] = nn.Sequential(*links, transform).train(module.training)

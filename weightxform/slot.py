@@ -1,14 +1,9 @@
-"""Slot: when a computed weight is computed again, and when its state advances.
-
-One entry a slot. An entry is served while nothing that the weight depends on was written: the raw tensor and the
-tensors of the transform (by identity, version, address and optimizer steps), train or eval mode, autocast, inference
-mode. Grad mode is not among them: a weight is always computed with its graph.
-"""
+"""Slot: when a computed weight is computed again, and when its state advances. ``kept.py`` says how long it serves."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,85 +12,51 @@ from torch.nn.parameter import is_lazy
 
 from . import versions
 from ._torch import (
-    autocast_dtype,
     capturing_cuda_graph,
     distributed,
     freezing_trace,
     in_backward,
     is_dtensor,
+    ordinary,
     saved_tensor_hooks_active,
     special_mode,
 )
 from .evaluate import caches, evaluate, keeps_graph, reset, state_reader
+from .kept import Kept, Reader
 from .retained import retained
 from .transform import Transform
 
 if TYPE_CHECKING:
-    from .grouping import Bucket
-
-_steps = versions._epochs.get
+    from .bucket import Bucket
 
 
-class Entry:
-    """A computed weight, and what it was computed from."""
+class Place:
+    """Where the last value is: in which :class:`Kept`, and in which of its rows."""
 
-    __slots__ = (
-        "key", "kind", "out", "out_ptr", "out_version", "raw", "raw_steps", "raw_version", "served", "state",
-        "state_of", "transform",
-    )  # fmt: skip
+    __slots__ = "kept", "row"
 
-    def __init__(self, job: Job, out: Tensor, kind: str, state_of: Callable[[], Iterable[Tensor]]) -> None:
-        self.raw = job.raw
-        self.transform = job.transform
-        self.kind = kind
-        self.state_of = state_of
-        self.state = tuple(state_of())  # held, so that their ids stay theirs
-        self.served = job.keeps
-        if job.raw is not None:
-            self.raw_version, self.raw_steps = job.raw._version, _steps(id(job.raw), 0)
-        self.key = self.now() if job.keeps else None
-        self.out = out
-        self.out_ptr = out.data_ptr()
-        watched = not out.is_inference() and not _aliases(out, (*self.state, job.raw), job.transform)
-        self.out_version = out._version if watched else None
+    def __init__(self) -> None:
+        self.kept: Kept | None = None
+        self.row = 0
 
-    def now(self) -> list[Any]:
-        """Equal to ``key`` while nothing was written and no mode changed."""
-        raw, kind = self.raw, self.kind
-        key: list[Any] = [
-            self.transform.training,
-            torch.is_inference_mode_enabled(),
-            autocast_dtype(kind),
-        ]
-        if raw is not None:
-            key += raw._version, _steps(id(raw), 0), raw.data_ptr(), raw.dtype, raw.requires_grad
-        for t in self.state_of():
-            key += id(t), 0 if t.is_inference() else t._version, _steps(id(t), 0)
-        return key
+    def empty(self) -> None:
+        if self.kept is not None:
+            self.kept.drop(self.row)
+            self.kept = None
 
-    def is_current(self) -> bool:
-        raw = self.raw
-        if raw is not None and (raw._version != self.raw_version or _steps(id(raw), 0) != self.raw_steps):
-            return False  # the usual reason, and the cheapest to see
-        return self.served and self.key == self.now() and not (self.kind == "cuda" and capturing_cuda_graph())
+    @property
+    def value(self) -> Tensor | None:
+        return None if self.kept is None else self.kept.values[self.row]
 
-    def check_untouched(self, name: str) -> None:
-        """Raise if somebody wrote into the computed tensor: the write would be lost."""
-        out = self.out
-        if self.out_version is not None and (out._version != self.out_version or out.data_ptr() != self.out_ptr):
-            raise RuntimeError(
-                f"the computed tensor {name!r} was written in place; the write would be lost at its next computation. "
-                f"Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
-                "model.apply(init_fn); wx.invalidate(module) forgets the write."
-            )
-
-
-def _aliases(out: Tensor, inputs: Iterable[Tensor | None], transform: nn.Module) -> bool:
-    """Whether a write to an input is a write to ``out``: a transform in plain torch may return a view."""
-    if keeps_graph(transform):
-        return False
-    storage = out.untyped_storage()._cdata
-    return any(t is not None and t.untyped_storage()._cdata == storage for t in inputs)
+    def is_current(self, raw: Tensor | None, transform: nn.Module) -> bool:
+        kept, row = self.kept, self.row
+        return (
+            kept is not None
+            and kept.values[row] is not None
+            and kept.raws[row] is raw
+            and kept.transforms[row] is transform
+            and kept.is_current(row)
+        )
 
 
 class Job(NamedTuple):
@@ -106,16 +67,23 @@ class Job(NamedTuple):
     name: str
     raw: Tensor | None
     transform: nn.Module
+    folded: bool  # what a folded layer needs, and not the weight
     advance: bool
-    keeps: bool  # whether the computed tensor may be served again
+    keeps: bool  # whether the value may be served again
     stamp: tuple | None  # of the raw tensor
+
+    @property
+    def place(self) -> Place:
+        return self.slot.state if self.folded else self.slot.weight
 
 
 class Slot:
     """What a computed weight keeps beside its raw tensor and its transform. Tied modules share one.
 
     Attributes:
-        entry: the last computed tensor.
+        weight: the last computed tensor.
+        state: the last that a folded layer took in its place.
+        folds: the module is a folded layer.
         advanced: stamp of the raw tensor at the last step of the state; one step is made per stamp.
         managed: FSDP2 puts other tensors in the raw tensor's place and writes to them behind version counters; nothing
             is kept then, and the state takes one step a forward.
@@ -132,12 +100,14 @@ class Slot:
         self.users = 1
         self.managed = False
         self.captured = False
+        self.folds = False
         self.pending: str | None = None
         self._forget_everything()
 
     def _forget_everything(self) -> None:
-        self.entry: Entry | None = None
-        self.reader: tuple[nn.Module, Callable[[], Iterable[Tensor]]] | None = None  # of the state of a transform
+        self.weight = Place()
+        self.state = Place()
+        self.reader: tuple[nn.Module, Reader] | None = None  # of the state of a transform
         self.advanced: tuple | None = None
         self.shared: tuple[int, bool] | None = None  # whether the raw tensor at this address is in shared memory
         self.home: weakref.ref[Tensor] | None = None
@@ -150,7 +120,7 @@ class Slot:
         self.traced_value: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "owner", "always_caches", "users", "managed", "captured", "pending"
+        kept = "owner", "always_caches", "users", "managed", "captured", "folds", "pending"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,8 +130,15 @@ class Slot:
     # what the module tells
 
     def forget(self) -> None:
-        """Drop the computed tensor, and every reference to the raw one (``swap_tensors`` wants none)."""
-        self.entry = self.home = self.shared = None
+        """Drop the values, and every reference to the raw tensor (``swap_tensors`` wants none)."""
+        self.home = self.shared = None
+        self.empty()
+
+    def empty(self) -> None:
+        for place in (self.weight, self.state):
+            place.empty()
+        if self.bucket is not None:
+            self.bucket.forget()
 
     def settle_in(self, raw: Tensor | None) -> None:
         """``raw`` is the raw tensor by the user's will; another that shows up later was put there by FSDP2."""
@@ -172,7 +149,7 @@ class Slot:
 
     def renew(self, transform: nn.Module, raw: Tensor | None) -> None:
         """Make the state fit ``raw``: now, or where only a shard is there, when the whole is."""
-        self.entry = None
+        self.empty()
         if is_dtensor(raw):
             self.pending = "always"
         else:
@@ -188,24 +165,51 @@ class Slot:
         assert transform is not None
         if torch.compiler.is_compiling():
             return self._traced(module, name, raw, transform)
-        entry = self.entry
-        if entry is not None:
-            entry.check_untouched(name)
+        kept = self.weight.kept
+        if kept is not None:
+            row = self.weight.row
+            kept.check_untouched(row, name)
+            value = kept.values[row]
             if (
-                entry.raw is raw
-                and entry.transform is transform
-                and entry.is_current()
-                and not special_mode()
-                and not freezing_trace()
+                value is not None
+                and kept.raws[row] is raw
+                and kept.transforms[row] is transform
+                and kept.is_current(row)
+                and ordinary()
                 and "_is_replica" not in module.__dict__
             ):
-                return entry.out
+                return value
         return self._miss(module, name, raw, transform)
 
-    def _traced(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module) -> Tensor | None:
+    def folded(self, module: nn.Module, name: str, child: str) -> Tensor | None:
+        """What a folded layer needs in the place of the weight, or ``None`` where it has to read the weight.
+
+        Computed, kept and advanced as the weight is: a read of either does it for both.
+        """
+        raw, transform = module._parameters.get(name), module._modules[child]
+        if raw is None or not isinstance(transform, Transform) or not transform.foldable:
+            return None
+        if type(raw) is not nn.Parameter and (is_lazy(raw) or is_dtensor(raw)):
+            return None
+        self.folds = True
+        if torch.compiler.is_compiling():
+            return self._traced(module, name, raw, transform, folded=True)
+        if self.state.is_current(raw, transform) and ordinary() and "_is_replica" not in module.__dict__:
+            return self.state.value
+        if freezing_trace() or "_is_replica" in module.__dict__:
+            return None
+        if special_mode():
+            return transform.compute_state(raw, transform.training and not in_backward())
+        return self._compute(module, name, raw, transform, folded=True)
+
+    def _traced(
+        self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool = False
+    ) -> Tensor | None:
         """Under ``torch.compile`` and ``torch.export``: part of the graph, computed and advanced at every read."""
         if raw is None and not self.owner:
             return None
+        if self.folds and not folded:  # somebody reads the weight of a folded layer, whose forward advances
+            return evaluate(transform, raw, False)
         if not torch.compiler.is_exporting():
             if self.bucket is not None and self.bucket.group.is_open:
                 return self.bucket.traced(self)
@@ -214,6 +218,8 @@ class Slot:
                 # activation checkpoint Dynamo refuses this write (of something that is no constant), and so does not
                 # recompute the weight from the state that the forward left behind.
                 self.compiled = transform
+        if folded:
+            return transform.compute_state(raw, transform.training)  # type: ignore[operator]
         if self.in_forward:
             if self.traced_value is None:
                 self.traced_value = evaluate(transform, raw, transform.training)
@@ -238,17 +244,28 @@ class Slot:
             raise RuntimeError(
                 f"the computed {name!r} would become a constant of the trace: wx.bake(model) first, or torch.export"
             )
-        self._notice_fsdp(module, raw)
-        job = self.job(module, name, raw, transform)
-        jobs = [job] if self.bucket is None or not job.keeps else self.bucket.jobs(job)
-        outs = compute(jobs)
-        return outs[jobs.index(job)] if len(jobs) > 1 else outs[0]
+        return self._compute(module, name, raw, transform)
 
-    def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module) -> Job:
+    def _compute(
+        self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool = False
+    ) -> Tensor:
+        self._notice_fsdp(module, raw)
+        if self.bucket is None:
+            return compute([self.job(module, name, raw, transform, folded)])[0]
+        again = self.bucket.again(self, folded)
+        if again is not None:
+            return again
+        job = self.job(module, name, raw, transform, folded)
+        jobs = self.bucket.jobs(job) if job.keeps else [job]
+        value = compute(jobs)[jobs.index(job)]
+        self.bucket.remember(jobs)
+        return value
+
+    def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool) -> Job:
         stamp = None if raw is None else (id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards)
         caching = self.always_caches or caches(transform)
         advance = self._advances(stamp, transform, caching)
-        return Job(self, module, name, raw, transform, advance, caching and self._keeps(raw), stamp)
+        return Job(self, module, name, raw, transform, folded, advance, caching and self._keeps(raw), stamp)
 
     def _keeps(self, raw: Tensor | None) -> bool:
         if self.managed or self.captured:
@@ -276,19 +293,18 @@ class Slot:
             return True
         return self.advanced is None or self.advanced != stamp
 
-    def store(self, job: Job, out: Tensor) -> None:
+    def computed(self, job: Job, capturing: bool) -> bool:
+        """Note that ``job`` was done; whether its value can be kept."""
         raw = job.raw
-        kind = "cpu" if raw is None and not out.is_cuda else out.device.type
-        if kind == "cuda" and capturing_cuda_graph():
+        if capturing:
             self.captured = True  # replays write the raw tensor, and no counter moves
         if job.advance:
             self.advanced = job.stamp
-        if self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None)):
-            self.entry = None
-        else:
-            self.entry = Entry(job, out, kind, self._state_of(job.transform))
+        return not (
+            self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None))
+        )
 
-    def _state_of(self, transform: nn.Module) -> Callable[[], Iterable[Tensor]]:
+    def state_of(self, transform: nn.Module) -> Reader:
         if self.reader is None or self.reader[0] is not transform or not isinstance(transform, Transform):
             self.reader = transform, state_reader(transform)
         return self.reader[1]
@@ -307,7 +323,7 @@ class Slot:
 
     def _watch_forwards(self, module: nn.Module) -> None:
         self.managed = True
-        self.entry = None
+        self.empty()
         if module not in self.hooked:
             self.hooked.add(module)
             module.register_forward_pre_hook(_forward_begins)
@@ -327,17 +343,30 @@ def compute(jobs: Sequence[Job]) -> list[Tensor]:
     """Compute the weights (several of one groupable class in one call) and put them in their slots."""
     for job in jobs:
         _prepare(job)
-    with torch.enable_grad():  # whatever the grad mode: one entry serves reads under no_grad and others
+    values = values_of(jobs)
+    raw, value = jobs[0].raw, values[0]
+    kind = "cpu" if raw is None and not value.is_cuda else value.device.type
+    capturing = kind == "cuda" and capturing_cuda_graph()
+    which = [i for i, job in enumerate(jobs) if job.slot.computed(job, capturing)]
+    if which:
+        readers = [jobs[i].slot.state_of(jobs[i].transform) for i in which]
+        kept = Kept([jobs[i] for i in which], [values[i] for i in which], kind, readers)
+        for row, i in enumerate(which):
+            place = jobs[i].place
+            place.kept, place.row = kept, row
+    return values
+
+
+def values_of(jobs: Sequence[Job]) -> list[Tensor]:
+    if jobs[0].folded:
+        return together(jobs)
+    with torch.enable_grad():  # whatever the grad mode: one value serves reads under no_grad and others
         if saved_tensor_hooks_active():
             # Hidden from an enclosing activation checkpoint: it counts the tensors that are saved, and in its
             # recomputation the weight is a cache hit.
             with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                outs = _with_lasting_graphs(jobs)
-        else:
-            outs = _with_lasting_graphs(jobs)
-    for job, out in zip(jobs, outs, strict=True):
-        job.slot.store(job, out)
-    return outs
+                return _with_lasting_graphs(jobs)
+        return _with_lasting_graphs(jobs)
 
 
 def _same(x: Any) -> Any:
@@ -348,8 +377,9 @@ def _prepare(job: Job) -> None:
     slot, raw, transform = job.slot, job.raw, job.transform
     if raw is not None:
         versions.watch(raw)
-    if slot.entry is not None:
-        slot.entry.check_untouched(job.name)
+    place = job.place
+    if place.kept is not None:
+        place.kept.check_untouched(place.row, job.name)
     if slot.reader is None or slot.reader[0] is not transform:
         for parameter in transform.parameters():
             versions.watch(parameter)
@@ -357,7 +387,7 @@ def _prepare(job: Job) -> None:
         if slot.pending == "always" or not job.advance:
             reset(transform, raw)
         slot.pending = None
-    slot.entry = None  # its memory may serve the new one
+    place.empty()  # its memory may serve the new one
 
 
 def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
@@ -372,9 +402,13 @@ def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
 
 
 def together(jobs: Sequence[Job]) -> list[Tensor]:
-    """The weights alone; several must be of one groupable class and of one group key."""
+    """The values alone; several must be of one groupable class and of one group key."""
+    first = jobs[0]
     if len(jobs) == 1:
-        job = jobs[0]
-        return [evaluate(job.transform, job.raw, job.advance)]
-    group: Callable = type(jobs[0].transform).compute_group  # type: ignore[attr-defined]
+        transform: Any = first.transform
+        if first.folded:
+            return [transform.compute_state(first.raw, first.advance)]
+        return [evaluate(transform, first.raw, first.advance)]
+    cls: Any = type(first.transform)
+    group = cls.compute_state_group if first.folded else cls.compute_group
     return group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])

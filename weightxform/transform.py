@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ class Transform(nn.Module):
     keeps_graph: ClassVar[bool] = False  # its graph stands many backward passes: a Function with its state on ctx
     tensor_parallel: ClassVar[bool] = False  # whether compute takes a DTensor
     cache = True  # False: compute at every read, and in training mode advance at every read
+    configured: ClassVar[int] = 0  # counts what was set on any transform: options, modes, buffers, devices
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Transform.configured += 1
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        Transform.configured += 1
+        return super()._apply(fn, recurse)
 
     def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
         """Check that the transform fits ``raw`` (and the module that owns it), then create the state.
@@ -45,6 +54,22 @@ class Transform(nn.Module):
         Raises ``RuntimeError`` where there is none.
         """
         raise RuntimeError(f"{type(self).__name__} has no right inverse: assign wx.raw(module, name) instead")
+
+    @property
+    def foldable(self) -> bool:
+        """Whether layers may take :meth:`compute_state` in the place of the weight; see ``wx.nn``."""
+        return False
+
+    def compute_state(self, raw: Tensor, advance: bool) -> Tensor:
+        """What a folded layer needs in the place of the weight; no gradient goes through it."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be folded into a layer")
+
+    @classmethod
+    def compute_state_group(
+        cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool]
+    ) -> list[Tensor]:
+        """``[t.compute_state(r, a) for ...]`` in one call, as :meth:`compute_group`."""
+        return [t.compute_state(r, a) for t, r, a in zip(transforms, raws, advance, strict=True)]
 
     def state(self) -> tuple[Tensor, ...]:
         """The tensors, besides raw, that the computed weight depends on. A write to one invalidates the weight."""

@@ -1,0 +1,158 @@
+"""Kept: tensors that were computed together, and what they were computed from.
+
+A value is served while nothing that it depends on was written: the raw tensor and the tensors of the transform (by
+identity, version, address and optimizer steps), train or eval mode, autocast, inference mode. Grad mode is not among
+them: a weight is always computed with its graph.
+
+One row a weight, one column a fact: a group's facts are read and compared column by column, at a fraction of what as
+many objects would cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from operator import ne
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import versions
+from ._torch import autocast_dtype, capturing_cuda_graph
+from .evaluate import keeps_graph
+from .transform import Transform
+
+if TYPE_CHECKING:
+    from .slot import Job
+
+Reader = Callable[[], Iterable[Tensor]]  # lists the tensors, besides raw, that a weight depends on
+
+_steps = versions._epochs.get
+
+
+class Kept:
+    """Values computed in one call, for :class:`Job`s of one mode and device type.
+
+    Attributes:
+        values: ``None`` for a row that has none now: it is computed again, or was, elsewhere.
+        complete: no value is missing.
+        served: whether the value may be served again.
+    """
+
+    __slots__ = (
+        "autocast", "complete", "configured", "dtypes", "guarded", "inference", "kind", "learned", "learned_steps",
+        "plain", "ptrs", "raws", "readers", "requires", "served", "starts", "state_versions", "states", "steps",
+        "training", "transforms", "value_ptrs", "value_versions", "values", "versions",
+    )  # fmt: skip
+
+    def __init__(self, jobs: Sequence[Job], values: Sequence[Tensor], kind: str, readers: Sequence[Reader]) -> None:
+        self.kind = kind
+        self.raws: list[Any] = [j.raw for j in jobs]
+        self.transforms = [j.transform for j in jobs]
+        self.served = [j.keeps for j in jobs]
+        self.ptrs = [None if r is None else r.data_ptr() for r in self.raws]
+        self.dtypes = [None if r is None else r.dtype for r in self.raws]
+        self.requires = [None if r is None else r.requires_grad for r in self.raws]
+        self.readers = readers
+        states = [tuple(read()) for read in readers]
+        self.states = [t for state in states for t in state]  # held, so that their ids stay theirs
+        self.starts = [0, *accumulate(map(len, states))]
+        self.plain = not any(t.is_inference() for t in self.states)
+        self.learned = [[t for t in state if isinstance(t, nn.Parameter)] for state in states]
+        self.guarded = [
+            not v.is_inference() and not _aliases(v, (*s, r), t)
+            for v, s, r, t in zip(values, states, self.raws, self.transforms, strict=True)
+        ]
+        self.keep(values)
+
+    def keep(self, values: Sequence[Tensor]) -> None:
+        """``values`` were computed just now."""
+        self.configured = Transform.configured
+        self.training = self.transforms[0].training
+        self.inference, self.autocast = torch.is_inference_mode_enabled(), autocast_dtype(self.kind)
+        self.versions = [0 if r is None else r._version for r in self.raws]
+        self.steps = [_steps(id(r), 0) for r in self.raws]
+        self.state_versions = [t._version if self.plain or not t.is_inference() else 0 for t in self.states]
+        self.learned_steps = [[_steps(id(t), 0) for t in row] if row else () for row in self.learned]
+        self.values: list[Any] = list(values)
+        self.complete = True
+        self.value_ptrs = [v.data_ptr() for v in values]
+        self.value_versions = [v._version if g else None for v, g in zip(values, self.guarded, strict=True)]
+
+    def is_current(self, row: int) -> bool:
+        """Whether nothing was written and no mode changed since. Asked at every read: so in one piece."""
+        raw = self.raws[row]
+        if raw is not None and (
+            raw._version != self.versions[row]
+            or _steps(id(raw), 0) != self.steps[row]
+            or raw.data_ptr() != self.ptrs[row]
+            or raw.dtype is not self.dtypes[row]
+            or raw.requires_grad is not self.requires[row]
+        ):
+            return False
+        if not self.served[row] or self.transforms[row].training is not self.training or not self._same_modes():
+            return False
+        k, end = self.starts[row], self.starts[row + 1]
+        for t in self.readers[row]():
+            if k == end or t is not self.states[k]:
+                return False
+            if (self.plain or not t.is_inference()) and t._version != self.state_versions[k]:
+                return False
+            k += 1
+        learned = self.learned[row]
+        if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
+            return False
+        return self.kind != "cuda" or not capturing_cuda_graph()
+
+    def _same_modes(self) -> bool:
+        return autocast_dtype(self.kind) is self.autocast and torch.is_inference_mode_enabled() is self.inference
+
+    def check_untouched(self, row: int, name: str) -> None:
+        """Raise if somebody wrote into the computed tensor: the write would be lost."""
+        value, version = self.values[row], self.value_versions[row]
+        if version is None or value is None:
+            return
+        if value._version != version or value.data_ptr() != self.value_ptrs[row]:
+            raise RuntimeError(
+                f"the computed tensor {name!r} was written in place; the write would be lost at its next computation. "
+                f"Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
+                "model.apply(init_fn); wx.invalidate(module) forgets the write."
+            )
+
+    def drop(self, row: int) -> None:
+        """Forget a value, whose memory may serve the next one, and its raw tensor (``swap_tensors`` wants that)."""
+        self.values[row] = self.raws[row] = None
+        self.complete = False
+
+    def drop_all(self) -> None:
+        self.values = [None] * len(self.raws)
+        self.complete = False
+
+    def only_raws_written(self) -> bool:
+        """Whether every raw tensor was written, by version or by an optimizer's step, and nothing else happened.
+
+        Only for rows that are all served, have a raw tensor each and transforms of the class :class:`Transform`.
+        """
+        raws, values = self.raws, self.values
+        if not self.complete or Transform.configured != self.configured:
+            return False
+        seen, steps = [r._version for r in raws], [_steps(id(r), 0) for r in raws]
+        return (
+            (all(map(ne, seen, self.versions)) or all(map(ne, steps, self.steps)))
+            and [r.data_ptr() for r in raws] == self.ptrs
+            and [r.dtype for r in raws] == self.dtypes
+            and [r.requires_grad for r in raws] == self.requires
+            and [v._version if g else None for v, g in zip(values, self.guarded, strict=True)] == self.value_versions
+            and [v.data_ptr() for v in values] == self.value_ptrs
+            and self._same_modes()
+            and (self.kind != "cuda" or not capturing_cuda_graph())
+        )
+
+
+def _aliases(out: Tensor, inputs: Iterable[Tensor | None], transform: nn.Module) -> bool:
+    """Whether a write to an input is a write to ``out``: a transform in plain torch may return a view."""
+    if keeps_graph(transform):
+        return False
+    storage = out.untyped_storage()._cdata
+    return any(t is not None and t.untyped_storage()._cdata == storage for t in inputs)
