@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := tools/constraints.txt
 ARGS ?=
 
-.PHONY: demo test bench wheel lint format verify setup clean
+.PHONY: demo test bench gpu wheel lint format verify setup clean
 .DEFAULT_GOAL := setup
 
 # torch comes first and alone, so that nothing else decides its version.
@@ -40,6 +40,11 @@ bench: setup
 
 verify: setup
 	$(BIN)/python -m weightxform verify $(ARGS)
+
+# On a machine with a GPU, with what is installed there: no network, no environment of its own.
+OUT ?= out/gpu
+gpu:
+	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) tools/gpu.py --out $(OUT) $(ARGS)
 
 wheel: $(VENV)/tools.stamp
 	$(BIN)/python -m build --no-isolation --outdir dist $(ARGS)
