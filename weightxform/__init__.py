@@ -1,6 +1,6 @@
 """weightxform: kernels for weights that are computed."""
 
-from . import functional
+from . import functional, nn
 from ._load import load_kernels
 from ._version import __version__
 from .backends import backend, force_from_environment
@@ -28,6 +28,7 @@ __all__ = [
     "info",
     "invalidate",
     "is_computed",
+    "nn",
     "raw",
     "refresh",
     "spectral_norm",

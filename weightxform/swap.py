@@ -37,6 +37,11 @@ def base_of(cls: type) -> type:
     return getattr(cls, "__wx_base__", cls)
 
 
+def plain_of(base: type) -> type:
+    """The class for no computed weights at all: torch's own in the place of a folded layer's (``weightxform.nn``)."""
+    return vars(base).get("__wx_plain__", base)
+
+
 @contextmanager
 def raw_view(module: nn.Module) -> Iterator[bool]:
     """Inside, ``module.weight`` is the raw tensor. Yields whether it was so already."""
@@ -59,7 +64,7 @@ def set_slots(module: nn.Module, slots: dict[str, Slot]) -> None:
         module.__class__ = swapped(base, tuple(sorted(slots)))
         return
     del module.__dict__["_wx"]
-    module.__class__ = base
+    module.__class__ = plain_of(base)
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
 
@@ -68,7 +73,7 @@ def swapped(base: type, names: tuple[str, ...]) -> type:
     key = base, names
     if key not in _classes:
         members = {
-            "__module__": base.__module__,
+            "__module__": plain_of(base).__module__,  # by which torch.fx knows a leaf
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__wx_base__": base,

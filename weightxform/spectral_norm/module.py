@@ -8,13 +8,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch import autocast_dtype, fake_or_proxy_mode, functorch_active, in_backward
+from .._torch import autocast_dtype, in_backward
 from ..checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
 from ..numerics import opmath
 from ..transform import Transform, describe, require_float
 from . import checkpoint, reference
 from .conv_operator import Geometry, apply_conv
 from .function import apply, apply_list
+from .members import commit, commit_moved, may_write, members
+from .op import spectral_norm_state_list
 from .vector import apply_vector
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -183,7 +185,7 @@ class SpectralNorm(Transform):
         """``n_iter`` iterations from the present u and v."""
         if n_iter and not raw.is_meta and raw.numel():
             u, v = self._vectors(raw)
-            _commit([u, v], self._call(raw, u, v, None, n_iter, None)[1])
+            commit([u, v], self._call(raw, u, v, None, n_iter, None)[1])
 
     def reset(self, raw: Tensor) -> None:
         """15 iterations on ``raw`` from the present u and v, or from new ones where those are no directions for it."""
@@ -248,7 +250,7 @@ class SpectralNorm(Transform):
         """The weight, for ``torch.nn.utils.parametrize``: iterates in training mode, except in a recomputation."""
         advance = self.training
         if not torch.compiler.is_compiling():
-            if not self.attached and _may_write():  # registered on top of another parametrization
+            if not self.attached and may_write():  # registered on top of another parametrization
                 self._attach(raw, None, "weight", _WARM_UP)
                 self._inverse = "registration"
             advance = advance and not in_backward()
@@ -263,8 +265,8 @@ class SpectralNorm(Transform):
         if not n_iter:
             u, v = reference.unit(u, self.eps), reference.unit(v, self.eps)
         out, state = self._call(raw, u, v, gain, n_iter, self._out_dtype(raw))
-        if n_iter and _may_write():
-            _commit([u, v], state)
+        if n_iter and may_write():
+            commit([u, v], state)
         return out
 
     def _call(
@@ -314,34 +316,35 @@ class SpectralNorm(Transform):
     @classmethod
     def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
         first = transforms[0]
-        us, vs = (list(x) for x in zip(*(t._vectors(r) for t, r in zip(transforms, raws, strict=True)), strict=True))
+        us, vs, dims, n_iters = members(transforms, raws, advance)
         every_gain = [t._gain_tensor(r) for t, r in zip(transforms, raws, strict=True)]
         gains = [g for g in every_gain if g is not None]
-        dims = [t._axis(r) for t, r in zip(transforms, raws, strict=True)]
-        n_iters = [t.n_power_iterations if a else 0 for t, a in zip(transforms, advance, strict=True)]
-        for i, n_iter in enumerate(n_iters):
-            if not n_iter:
-                us[i], vs[i] = reference.unit(us[i], first.eps), reference.unit(vs[i], first.eps)
         v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
         outs, state = apply_list(raws, us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype)
-        if any(n_iters) and _may_write():
-            sizes = [n for u, v in zip(us, vs, strict=True) for n in (u.shape[0], v.shape[0], 1)]
-            parts = state.split_with_sizes(sizes)
-            moved = [i for i, n_iter in enumerate(n_iters) if n_iter]
-            vectors = [x for i in moved for x in (us[i], vs[i])]
-            torch._foreach_copy_(vectors, [x for i in moved for x in parts[3 * i : 3 * i + 2]])
+        commit_moved(us, vs, n_iters, state)
         return outs
 
+    # for folded layers
 
-def _commit(vectors: list[Tensor], state: Tensor) -> None:
-    """Copy [u, v] out of a state tensor, in place: DDP and CUDA graphs hold the buffers."""
-    parts = state.split_with_sizes([*(x.shape[0] for x in vectors), 1])
-    torch._foreach_copy_(vectors, parts[:2])
+    @property
+    def foldable(self) -> bool:
+        return self.operator == "matrix" and self._buffers["u"] is not None
 
+    def compute_state(self, raw: Tensor, advance: bool) -> Tensor:
+        """[u, v, sigma] that :meth:`compute` would use; see ``folded.py``."""
+        return self.compute_state_group([self], [raw], [advance])[0]
 
-def _may_write() -> bool:
-    """Not inside torch.func transforms or under fake tensors: there the state is read and never written."""
-    return not functorch_active() and (torch.compiler.is_compiling() or not fake_or_proxy_mode())
+    @classmethod
+    @torch.no_grad()
+    def compute_state_group(
+        cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]
+    ) -> list[Tensor]:
+        first = transforms[0]
+        us, vs, dims, n_iters = members(transforms, raws, advance)
+        state = spectral_norm_state_list(list(raws), us, vs, dims, n_iters, first.eps, first.order == "v_first")
+        commit_moved(us, vs, n_iters, state)
+        sizes = [u.shape[0] + v.shape[0] + 1 for u, v in zip(us, vs, strict=True)]
+        return list(state.split_with_sizes(sizes)) if len(sizes) > 1 else [state]
 
 
 def spectral_norm(

@@ -1,0 +1,199 @@
+"""Layers whose weight is divided by its spectral norm without the quotient ever being written: *folded* layers.
+
+``SpectralLinear(64, 10)`` is ``nn.Linear(64, 10)`` with ``weight = wx.ComputedParameter(weight, wx.SpectralNorm())``:
+the same outputs, gradients, state and ``state_dict``. But 1/sigma goes to the activations, and the gradient of sigma is
+one more row of a product that is made anyway; ``spectral_norm/folded.py`` has the maths. Training keeps one tensor less
+of the size of the weight, and touches the weight once more than a plain layer does, where power iteration reads it.
+
+Whoever reads ``layer.weight`` gets the normalized weight, computed for this reader; it is not part of the graph of the
+outputs (``autograd.grad(loss, layer.weight)`` says so). A layer reads it itself, and so runs as an unfolded one, where
+
+- its input and output together have more elements than the weight, so that scaling them costs more (but for matrix
+  products in float32 and float64 on the CPU, which scale at no cost, and under ``torch.compile``, which fuses it);
+- it runs in float16, whose range is too narrow for products with the raw weight;
+- torch.func, forward-mode AD or ``torch.export`` are at work, or the input is no plain tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._torch import functorch_active, special_mode
+from .computed import ComputedParameter
+from .spectral_norm import SpectralNorm, folded
+from .swap import base_of, child_name, slots_of, swapped
+
+__all__ = ["SpectralConv1d", "SpectralConv2d", "SpectralConv3d", "SpectralLinear"]
+
+_CHILD = child_name("weight")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class _Spectral:
+    """What the folded layers share."""
+
+    weight: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        order: Literal["u_first", "v_first"] = "u_first",
+        bound: float | None = None,
+        gain: float = 1.0,
+        learn_gain: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        transform = SpectralNorm(n_power_iterations, eps, None, order, bound, gain, learn_gain)  # its errors come first
+        super().__init__(*args, **kwargs)
+        self.weight = ComputedParameter(self.weight, transform)
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = slots_of(self).get("weight")  # type: ignore[arg-type]
+        if slot is not None and foldable(self):  # type: ignore[arg-type]
+            compiling = torch.compiler.is_compiling()
+            dtype = _folding_dtype(self, input)
+            output = None if dtype is None else self._fold(input, dtype)  # type: ignore[attr-defined]
+            if output is not None:
+                return output
+            if not compiling:
+                slot.folds = False
+            elif dtype is None:  # under torch.compile this is what advances, and not a read of the weight
+                slot.folded(self, "weight", _CHILD)  # type: ignore[arg-type]
+        return super().forward(input)  # type: ignore[misc]
+
+
+def foldable(layer: nn.Module) -> bool:
+    """Whether its weight comes from a SpectralNorm alone, and of its matrix."""
+    transform = layer._modules.get(_CHILD)
+    return isinstance(transform, SpectralNorm) and transform.foldable
+
+
+def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
+    """In which dtype the layer can run folded on x; ``None``: it cannot."""
+    raw = layer._parameters.get("weight")
+    if raw is None or type(x) not in (Tensor, nn.Parameter):
+        return None
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or functorch_active():
+            return None
+    elif special_mode() or x.layout != torch.strided:
+        return None
+    transform = layer._modules[_CHILD]
+    dtype = transform._out_dtype(raw) or raw.dtype
+    fits = x.dtype == dtype or (dtype != raw.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16))
+    return dtype if fits and dtype in _DTYPES and raw.numel() and x.device == raw.device else None
+
+
+def _apply(layer: Any, x: Tensor, dtype: torch.dtype, by_numbers: bool, conv: tuple | None) -> Tensor | None:
+    """The folded output for x [b, in] or a batch of images; ``None`` where the layer has to run unfolded."""
+    state = slots_of(layer)["weight"].folded(layer, "weight", _CHILD)
+    if state is None:
+        return None
+    raw, bias, transform = layer._parameters["weight"], layer.bias, layer._modules[_CHILD]
+    fixed = transform.fixed_gain if transform.gain is None else 1.0
+    plan = folded.Plan(transform._axis(raw), transform.bound, fixed, conv)
+    numbers = None
+    if by_numbers:
+        numbers = folded.numbers(state, transform.gain, plan)
+        if numbers is None:
+            return None
+    if dtype != raw.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return folded.apply(x, raw, bias, transform.gain, state, plan, numbers)
+
+
+class SpectralLinear(_Spectral, nn.Linear):
+    """``nn.Linear`` with its weight divided by its spectral norm, folded: see :mod:`weightxform.nn`.
+
+    Args:
+        *args, **kwargs: those of ``nn.Linear``.
+        n_power_iterations, eps, order, bound, gain, learn_gain: keyword-only, as in :class:`weightxform.SpectralNorm`,
+            which is the submodule ``weight_transform`` and raises for them.
+    """
+
+    __wx_plain__ = nn.Linear
+
+    def _fold(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        raw = self._parameters["weight"]
+        assert raw is not None
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            return None
+        by_numbers = x.is_cpu and dtype != torch.bfloat16 and not torch.compiler.is_compiling()
+        if not (by_numbers or torch.compiler.is_compiling()):
+            rows = x.numel() // self.in_features
+            if rows * (self.in_features + self.out_features) > raw.numel():
+                return None
+        matrix = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        y = _apply(self, matrix, dtype, by_numbers, None)
+        return y if y is None or x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+
+
+class _SpectralConv(_Spectral):
+    def _fold(self: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        raw = self._parameters["weight"]
+        axes = raw.ndim - 2
+        if x.ndim not in (axes + 1, axes + 2) or x.shape[x.ndim - axes - 1] != self.in_channels:
+            return None
+        batch = x if x.ndim == axes + 2 else x.unsqueeze(0)
+        twice = self._reversed_padding_repeated_twice  # (before, after) of each axis, the last axis first
+        padding = tuple(reversed(twice[::2]))
+        if self.padding_mode != "zeros" or twice[::2] != twice[1::2]:
+            padding = (0,) * axes
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            batch = nn.functional.pad(batch, twice, mode=mode)
+        if not torch.compiler.is_compiling():
+            outputs = x.shape[0] if x.ndim == axes + 2 else 1
+            for i, n in enumerate(batch.shape[2:]):
+                reach = self.dilation[i] * (raw.shape[i + 2] - 1)
+                outputs *= max((n + 2 * padding[i] - reach - 1) // self.stride[i] + 1, 0)
+            if x.numel() + outputs * self.out_channels > raw.numel():
+                return None
+        y = _apply(self, batch, dtype, False, (self.stride, padding, self.dilation, self.groups))
+        return y if y is None or x.ndim == axes + 2 else y.squeeze(0)
+
+
+def _like(plain: type) -> str:
+    return (SpectralLinear.__doc__ or "").replace("nn.Linear", f"nn.{plain.__name__}")
+
+
+class SpectralConv1d(_SpectralConv, nn.Conv1d):
+    __doc__ = _like(nn.Conv1d)
+    __wx_plain__ = nn.Conv1d
+
+
+class SpectralConv2d(_SpectralConv, nn.Conv2d):
+    __doc__ = _like(nn.Conv2d)
+    __wx_plain__ = nn.Conv2d
+
+
+class SpectralConv3d(_SpectralConv, nn.Conv3d):
+    __doc__ = _like(nn.Conv3d)
+    __wx_plain__ = nn.Conv3d
+
+
+_FOLDED: dict[type, type] = {
+    cls.__wx_plain__: cls for cls in (SpectralLinear, SpectralConv1d, SpectralConv2d, SpectralConv3d)
+}
+
+
+def fold_layer(module: nn.Module) -> bool:
+    """Make a layer that has its weight from a SpectralNorm a folded one, in place; whether it is one now.
+
+    Only ``nn.Linear`` and ``nn.Conv1d/2d/3d`` themselves: a subclass may do anything with its weight. ``wx.bake`` gives
+    the plain layer back.
+    """
+    cls = type(module)
+    if "weight" not in slots_of(module) or not foldable(module):
+        return False
+    if isinstance(module, _Spectral):
+        return True
+    base = _FOLDED.get(base_of(cls))
+    if base is None or "__wx_base__" not in vars(cls) or "forward" in module.__dict__:
+        return False
+    module.__class__ = swapped(base, tuple(sorted(slots_of(module))))
+    return True
