@@ -44,7 +44,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
         seen.append(list(advance))
         return original(cls, transforms, raws, advance)
 
+    repeated = wx.SpectralNorm.repeat_group.__func__
+
+    def repeat_group(cls, transforms, raws, advance):
+        again = repeated(cls, transforms, raws, advance)
+
+        def counted():
+            seen.append(list(advance))
+            return again()
+
+        return counted if again is not None else None
+
     monkeypatch.setattr(wx.SpectralNorm, "compute_group", classmethod(compute_group))
+    monkeypatch.setattr(wx.SpectralNorm, "repeat_group", classmethod(repeat_group))
     return seen
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch._C import _TorchDispatchModeKey as _Mode
 from torch.autograd import forward_ad as _forward_ad
+from torch.fx import _symbolic_trace as _fx
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -25,7 +26,7 @@ def fake_or_proxy_mode() -> bool:
 
 
 def fx_tracing() -> bool:
-    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    return _fx._is_fx_tracing_flag and _fx.is_fx_symbolic_tracing()
 
 
 def in_backward() -> bool:
@@ -52,14 +53,19 @@ def freezing_trace() -> bool:
     return torch._C._is_tracing() or fx_tracing()
 
 
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
 def ordinary() -> bool:
-    """Neither :func:`special_mode` nor :func:`freezing_trace`, asked at every read: so in one call."""
+    """Neither :func:`special_mode` nor :func:`freezing_trace`; for eager code, which asks it at every read."""
     return (
-        torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+        _transforms() == 0
         and _forward_ad._current_level < 0
-        and (torch._C._len_torch_dispatch_stack() == 0 or not fake_or_proxy_mode())
-        and not torch._C._is_tracing()
-        and not (torch.fx._symbolic_trace._is_fx_tracing_flag and fx_tracing())
+        and (_dispatch_modes() == 0 or not fake_or_proxy_mode())
+        and not _tracing()
+        and not fx_tracing()
     )
 
 

@@ -7,7 +7,7 @@ well. Each weight keeps its own slot, so a member that was not written is not co
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._torch import in_backward
 from .kept import Kept
-from .slot import Job, Slot, together, values_of
+from .slot import Job, Slot, repetition, together, values_of
 from .swap import child_name, slots_of
 from .transform import Transform
 
@@ -118,7 +118,7 @@ class Bucket:
         if all(j.advance == j.transform.training for j in jobs):
             slots = [j.slot for j in jobs]
             parameters = [j.module._parameters for j in jobs]
-            self.last[jobs[0].folded] = _Last(kept, jobs, slots, [j.place for j in jobs], parameters)
+            self.last[jobs[0].folded] = _Last(kept, jobs, slots, [j.place for j in jobs], parameters, repetition(jobs))
 
     def again(self, slot: Slot, folded: bool) -> Tensor | None:
         """The value of ``slot``, computed with those with which it was computed the last time.
@@ -129,7 +129,7 @@ class Bucket:
         last = self.last.get(folded)
         if last is None:
             return None
-        kept, jobs, slots, places, parameters = last
+        kept, jobs, slots, places, parameters, repeat = last
         place = slot.state if folded else slot.weight
         if (
             place.kept is not kept
@@ -141,7 +141,7 @@ class Bucket:
         ):
             return None
         kept.drop_all()
-        kept.keep(values_of(jobs))
+        kept.keep(values_of(jobs, repeat))
         if jobs[0].advance:
             for s, raw, version, steps, ptr in zip(slots, kept.raws, kept.versions, kept.steps, kept.ptrs, strict=True):
                 s.advanced = id(raw), (version, steps), ptr, s.forwards
@@ -168,7 +168,7 @@ class Bucket:
         if type(raw) is not nn.Parameter or transform is None:
             return None
         place = slot.state if folded else slot.weight
-        if place.is_current(raw, transform):
+        if place.serve(raw, transform, name) is not None:
             return None
         job = slot.job(module, name, raw, transform, folded)
         return job if job.keeps else None
@@ -214,6 +214,7 @@ class _Last(NamedTuple):
     slots: list[Slot]
     places: list[Any]
     parameters: list[dict]
+    repeat: Callable[[], list[Tensor]] | None
 
 
 class _Part(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import versions
-from ._torch import autocast_dtype, capturing_cuda_graph
+from ._torch import autocast_dtype, capturing_cuda_graph, ordinary
 from .evaluate import keeps_graph
 from .transform import Transform
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 Reader = Callable[[], Iterable[Tensor]]  # lists the tensors, besides raw, that a weight depends on
 
 _steps = versions._epochs.get
+_inference, _any_autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
+_WRITTEN = (
+    "the computed tensor {name!r} was written in place; the write would be lost at its next computation. "
+    "Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
+    "model.apply(init_fn); wx.invalidate(module) forgets the write."
+)
 
 
 class Kept:
@@ -80,9 +86,19 @@ class Kept:
         self.value_ptrs = [v.data_ptr() for v in values]
         self.value_versions = [v._version if g else None for v, g in zip(values, self.guarded, strict=True)]
 
-    def is_current(self, row: int) -> bool:
-        """Whether nothing was written and no mode changed since. Asked at every read: so in one piece."""
-        raw = self.raws[row]
+    def serve(self, row: int, raw: Tensor | None, transform: nn.Module, name: str) -> Tensor | None:
+        """The value, if nothing was written and no mode changed since. At every read: so in one piece, names bound.
+
+        Raises ``RuntimeError`` if somebody wrote into the value: the write would be lost.
+        """
+        value = self.values[row]
+        if value is None:
+            return None
+        version = self.value_versions[row]
+        if version is not None and (value._version != version or value.data_ptr() != self.value_ptrs[row]):
+            raise RuntimeError(_WRITTEN.format(name=name))
+        if raw is not self.raws[row] or transform is not self.transforms[row]:
+            return None
         if raw is not None and (
             raw._version != self.versions[row]
             or _steps(id(raw), 0) != self.steps[row]
@@ -90,35 +106,32 @@ class Kept:
             or raw.dtype is not self.dtypes[row]
             or raw.requires_grad is not self.requires[row]
         ):
-            return False
-        if not self.served[row] or self.transforms[row].training is not self.training or not self._same_modes():
-            return False
+            return None
+        if not self.served[row] or transform.training is not self.training or not self._same_modes():
+            return None
         k, end = self.starts[row], self.starts[row + 1]
+        states, versions, plain = self.states, self.state_versions, self.plain
         for t in self.readers[row]():
-            if k == end or t is not self.states[k]:
-                return False
-            if (self.plain or not t.is_inference()) and t._version != self.state_versions[k]:
-                return False
+            if k == end or t is not states[k] or ((plain or not t.is_inference()) and t._version != versions[k]):
+                return None
             k += 1
         learned = self.learned[row]
         if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
-            return False
-        return self.kind != "cuda" or not capturing_cuda_graph()
+            return None
+        return value if ordinary() and (self.kind != "cuda" or not capturing_cuda_graph()) else None
 
     def _same_modes(self) -> bool:
-        return autocast_dtype(self.kind) is self.autocast and torch.is_inference_mode_enabled() is self.inference
+        if _inference() is not self.inference:
+            return False
+        return autocast_dtype(self.kind) is self.autocast if _any_autocast() else self.autocast is None
 
     def check_untouched(self, row: int, name: str) -> None:
-        """Raise if somebody wrote into the computed tensor: the write would be lost."""
+        """The check of :meth:`serve` alone."""
         value, version = self.values[row], self.value_versions[row]
-        if version is None or value is None:
+        if value is None or version is None:
             return
         if value._version != version or value.data_ptr() != self.value_ptrs[row]:
-            raise RuntimeError(
-                f"the computed tensor {name!r} was written in place; the write would be lost at its next computation. "
-                f"Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
-                "model.apply(init_fn); wx.invalidate(module) forgets the write."
-            )
+            raise RuntimeError(_WRITTEN.format(name=name))
 
     def drop(self, row: int) -> None:
         """Forget a value, whose memory may serve the next one, and its raw tensor (``swap_tensors`` wants that)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from ._torch import (
     freezing_trace,
     in_backward,
     is_dtensor,
-    ordinary,
     saved_tensor_hooks_active,
     special_mode,
 )
@@ -48,15 +47,8 @@ class Place:
     def value(self) -> Tensor | None:
         return None if self.kept is None else self.kept.values[self.row]
 
-    def is_current(self, raw: Tensor | None, transform: nn.Module) -> bool:
-        kept, row = self.kept, self.row
-        return (
-            kept is not None
-            and kept.values[row] is not None
-            and kept.raws[row] is raw
-            and kept.transforms[row] is transform
-            and kept.is_current(row)
-        )
+    def serve(self, raw: Tensor | None, transform: nn.Module, name: str) -> Tensor | None:
+        return None if self.kept is None else self.kept.serve(self.row, raw, transform, name)
 
 
 class Job(NamedTuple):
@@ -165,19 +157,10 @@ class Slot:
         assert transform is not None
         if torch.compiler.is_compiling():
             return self._traced(module, name, raw, transform)
-        kept = self.weight.kept
-        if kept is not None:
-            row = self.weight.row
-            kept.check_untouched(row, name)
-            value = kept.values[row]
-            if (
-                value is not None
-                and kept.raws[row] is raw
-                and kept.transforms[row] is transform
-                and kept.is_current(row)
-                and ordinary()
-                and "_is_replica" not in module.__dict__
-            ):
+        place = self.weight
+        if place.kept is not None:
+            value = place.kept.serve(place.row, raw, transform, name)
+            if value is not None and "_is_replica" not in module.__dict__:
                 return value
         return self._miss(module, name, raw, transform)
 
@@ -194,8 +177,11 @@ class Slot:
         self.folds = True
         if torch.compiler.is_compiling():
             return self._traced(module, name, raw, transform, folded=True)
-        if self.state.is_current(raw, transform) and ordinary() and "_is_replica" not in module.__dict__:
-            return self.state.value
+        place = self.state
+        if place.kept is not None:
+            value = place.kept.serve(place.row, raw, transform, name)
+            if value is not None and "_is_replica" not in module.__dict__:
+                return value
         if freezing_trace() or "_is_replica" in module.__dict__:
             return None
         if special_mode():
@@ -357,7 +343,8 @@ def compute(jobs: Sequence[Job]) -> list[Tensor]:
     return values
 
 
-def values_of(jobs: Sequence[Job]) -> list[Tensor]:
+def values_of(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]] | None = None) -> list[Tensor]:
+    """``repeat``: the :func:`repetition` of the jobs."""
     if jobs[0].folded:
         return together(jobs)
     with torch.enable_grad():  # whatever the grad mode: one value serves reads under no_grad and others
@@ -365,8 +352,8 @@ def values_of(jobs: Sequence[Job]) -> list[Tensor]:
             # Hidden from an enclosing activation checkpoint: it counts the tensors that are saved, and in its
             # recomputation the weight is a cache hit.
             with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                return _with_lasting_graphs(jobs)
-        return _with_lasting_graphs(jobs)
+                return _with_lasting_graphs(jobs, repeat)
+        return _with_lasting_graphs(jobs, repeat)
 
 
 def _same(x: Any) -> Any:
@@ -390,8 +377,8 @@ def _prepare(job: Job) -> None:
     place.empty()  # its memory may serve the new one
 
 
-def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
-    outs = together(jobs)
+def _with_lasting_graphs(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]] | None) -> list[Tensor]:
+    outs = together(jobs) if repeat is None else repeat()
     for i, job in enumerate(jobs):
         if not isinstance(outs[i], Tensor):
             kind, got = type(job.transform).__name__, type(outs[i]).__name__
@@ -399,6 +386,14 @@ def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
         if not keeps_graph(job.transform):
             outs[i] = retained(outs[i], job.raw)
     return outs
+
+
+def repetition(jobs: Sequence[Job]) -> Callable[[], list[Tensor]] | None:
+    """What computes ``jobs`` again; ``None``: nothing does better than :func:`together`."""
+    if jobs[0].folded:
+        return None
+    cls: Any = type(jobs[0].transform)
+    return cls.repeat_group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])
 
 
 def together(jobs: Sequence[Job]) -> list[Tensor]:

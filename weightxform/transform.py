@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +85,16 @@ class Transform(nn.Module):
     ) -> list[Tensor]:
         """``[t.compute(r, a) for ...]`` in one call, for members whose :meth:`group_key` is the same."""
         return [t.compute(r, a) for t, r, a in zip(transforms, raws, advance, strict=True)]
+
+    @classmethod
+    def repeat_group(
+        cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool]
+    ) -> Callable[[], list[Tensor]] | None:
+        """A faster :meth:`compute_group` of just these, called while nothing but the values of the raw tensors changes.
+
+        ``None`` where there is none.
+        """
+        return None
 
 
 def describe(raw: Tensor) -> str:

@@ -44,18 +44,30 @@ def stamp(tensor: Tensor) -> tuple[int, int]:
 class Unchanged:
     """Holds tensors that a backward pass will read again, and raises if they were written meanwhile."""
 
-    __slots__ = ("stamps", "what")
+    __slots__ = ("steps", "tensors", "versions", "what")
 
     def __init__(self, what: str, tensors: Iterable[Tensor]) -> None:
         self.what = what
-        self.stamps = [(t, stamp(t)) for t in tensors]
+        self.tensors = list(tensors)
+        self.versions, self.steps = _stamps(self.tensors)
 
     def check(self, which: Iterable[int] | None = None) -> None:
         """Raise if one of the tensors (of these, by position) was written."""
-        for tensor, before in self.stamps if which is None else [self.stamps[i] for i in which]:
-            if stamp(tensor) != before:
+        versions, steps = _stamps(self.tensors)
+        if versions == self.versions and steps == self.steps:
+            return
+        for i in range(len(self.tensors)) if which is None else which:
+            before, now = (self.versions[i], self.steps[i]), (versions[i], steps[i])
+            if now != before:
+                shape = tuple(self.tensors[i].shape)
                 raise RuntimeError(
-                    f"{self.what}: a tensor of shape {tuple(tensor.shape)} that its backward needs was written between "
-                    f"forward and backward ((version, optimizer steps) {before} then, {stamp(tensor)} now). "
+                    f"{self.what}: a tensor of shape {shape} that its backward needs was written between forward and "
+                    f"backward ((version, optimizer steps) {before} then, {now} now). "
                     "Call backward before the write, or compute the weight again after it."
                 )
+
+
+def _stamps(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """:func:`stamp` of each, in columns."""
+    epochs = _epochs.get
+    return [0 if t.is_inference() else t._version for t in tensors], [epochs(id(t), 0) for t in tensors]

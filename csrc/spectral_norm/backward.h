@@ -23,6 +23,7 @@ struct Backward {
   std::optional<double> bound;
   C* dgain;
   bool past_cache;
+  bool add;  // to what is in dw
 
   int64_t bytes() const { return layout.numel() * static_cast<int64_t>(sizeof(T)); }
 
@@ -48,7 +49,7 @@ struct Backward {
       const int64_t k = layout.blocks - 1 - i, first = layout.first_row(k);
       for (int64_t r = first + layout.rows(k) - 1; r >= first; r--) {
         const int64_t slab = r / layout.m, row = r % layout.m, at = r * layout.n;
-        update(g + at, columns + slab * layout.n, dw + at, layout.n, p, q * rows[row], past_cache);
+        update(g + at, columns + slab * layout.n, dw + at, layout.n, p, q * rows[row], past_cache, add);
       }
       stream_fence();
     });

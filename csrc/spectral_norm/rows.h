@@ -84,6 +84,26 @@ WX_INLINE double inner_body(const G* g, const T* w, int64_t n) {
   return sum;
 }
 
+// dw += p g + q v
+template <class G, class T, class C = Compute<T>>
+WX_INLINE void add_body(const G* g, const C* v, T* dw, int64_t n, C p, C q) {
+  int64_t j = 0;
+  if constexpr (std::is_same_v<G, C> && std::is_same_v<T, C>) {
+    Vec<C> a, b, sum;
+    for (; j + kLanes<C> <= n; j += kLanes<C>) {
+      load<C>(a, g + j);
+      load<C>(b, v + j);
+      load<C>(sum, dw + j);
+      store<C>(dw + j, sum + (p * a + q * b));
+    }
+  }
+  for (; j < n; j++) {
+    T own;  // rounded first, as autograd adds gradients
+    narrow(p * static_cast<C>(widen(g[j])) + q * v[j], own);
+    narrow(static_cast<C>(widen(dw[j])) + static_cast<C>(widen(own)), dw[j]);
+  }
+}
+
 // dw = p g + q v
 template <class G, class T, class C = Compute<T>>
 WX_INLINE void update_body(const G* g, const C* v, T* dw, int64_t n, C p, C q, bool past_cache) {
@@ -126,7 +146,8 @@ WX_INLINE void update_body(const G* g, const C* v, T* dw, int64_t n, C p, C q, b
 #define WX_BACKWARD(G, T)                                                                              \
   WX_CLONES double inner(const G* g, const T* w, int64_t n) { return inner_body<G, T>(g, w, n); }      \
   WX_CLONES void update(const G* g, const Compute<T>* v, T* dw, int64_t n, Compute<T> p, Compute<T> q, \
-                        bool past_cache) {                                                             \
+                        bool past_cache, bool add) {                                                   \
+    if (add) return add_body<G, T>(g, v, dw, n, p, q);                                                 \
     update_body<G, T>(g, v, dw, n, p, q, past_cache);                                                  \
   }
 

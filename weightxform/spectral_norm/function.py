@@ -131,43 +131,47 @@ class SpectralNormListFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        douts = grads[:-1]
-        n = len(douts)
-        offsets, at = [], 0
-        for weight, dim in zip(ctx.weights, ctx.dims, strict=True):
-            offsets.append(at)
-            at += state_size(weight, dim)
-        used = [i for i in range(n) if douts[i] is not None]
-        if not used:
-            return (None,) * (3 + n + len(ctx.gains))
-        if ctx.unchanged is not None:  # of the members that are used: the others may have been written
-            ctx.unchanged.check([*used, *(n + i for i in used if ctx.gains)])
-        dweights: list[Tensor | None] = [None] * n
-        dgains: list[Tensor | None] = [None] * len(ctx.gains)
-        if through_ops():
-            gains = [ctx.gains[i] for i in used] if ctx.gains else []
-            results, dgain = spectral_norm_bwd_list(
-                [dense(douts[i]) for i in used],
-                [ctx.weights[i] for i in used],
-                ctx.state,
-                [offsets[i] for i in used],
-                gains,
-                [ctx.dims[i] for i in used],
-                ctx.bound,
-            )
-            for k, i in enumerate(used):
-                dweights[i] = results[k]
-                if gains:
-                    dgains[i] = dgain[k].to(gains[k].dtype)
-        else:
-            for i in used:
-                weight, dim = ctx.weights[i], ctx.dims[i]
-                state = ctx.state[offsets[i] : offsets[i] + state_size(weight, dim)]
-                gain = ctx.gains[i] if ctx.gains else None
-                dweights[i], dgain = _differentiable_backward(dense(douts[i]), weight, state, gain, dim, ctx.bound)
-                if gain is not None:
-                    dgains[i] = dgain.to(gain.dtype)
-        return (None, None, None, *dweights, *dgains)
+        return (None, None, None, *list_gradients(ctx, grads[:-1]))
+
+
+def list_gradients(ctx: Any, douts: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of ``ctx.weights`` and ``ctx.gains``; ``None`` for members that nobody used."""
+    n = len(douts)
+    offsets, at = [], 0
+    for weight, dim in zip(ctx.weights, ctx.dims, strict=True):
+        offsets.append(at)
+        at += state_size(weight, dim)
+    used = [i for i in range(n) if douts[i] is not None]
+    dweights: list[Tensor | None] = [None] * n
+    dgains: list[Tensor | None] = [None] * len(ctx.gains)
+    if not used:
+        return [*dweights, *dgains]
+    if ctx.unchanged is not None:  # of the members that are used: the others may have been written
+        ctx.unchanged.check([*used, *(n + i for i in used if ctx.gains)])
+    if through_ops():
+        gains = [ctx.gains[i] for i in used] if ctx.gains else []
+        results, dgain = spectral_norm_bwd_list(
+            [dense(douts[i]) for i in used],
+            [ctx.weights[i] for i in used],
+            ctx.state,
+            [offsets[i] for i in used],
+            gains,
+            [ctx.dims[i] for i in used],
+            ctx.bound,
+        )
+        for k, i in enumerate(used):
+            dweights[i] = results[k]
+            if gains:
+                dgains[i] = dgain[k].to(gains[k].dtype)
+    else:
+        for i in used:
+            weight, dim = ctx.weights[i], ctx.dims[i]
+            state = ctx.state[offsets[i] : offsets[i] + state_size(weight, dim)]
+            gain = ctx.gains[i] if ctx.gains else None
+            dweights[i], dgain = _differentiable_backward(dense(douts[i]), weight, state, gain, dim, ctx.bound)
+            if gain is not None:
+                dgains[i] = dgain.to(gain.dtype)
+    return [*dweights, *dgains]
 
 
 SpectralNormListJoined = joined(SpectralNormListFunction)

@@ -17,6 +17,7 @@ from .conv_operator import Geometry, apply_conv
 from .function import apply, apply_list
 from .members import commit, commit_moved, may_write, members
 from .op import spectral_norm_state_list
+from .repeated import Prepared
 from .vector import apply_vector
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -323,6 +324,19 @@ class SpectralNorm(Transform):
         outs, state = apply_list(raws, us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype)
         commit_moved(us, vs, n_iters, state)
         return outs
+
+    @classmethod
+    def repeat_group(
+        cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]
+    ) -> Callable[[], list[Tensor]] | None:
+        first = transforms[0]
+        us, vs, dims, n_iters = members(transforms, raws, advance)
+        if not all(n_iters):  # in eval mode u and v are copies
+            return None
+        gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
+        v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
+        prepared = Prepared.of((list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype))
+        return None if prepared is None else prepared.apply
 
     # for folded layers
 
