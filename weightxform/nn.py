@@ -76,17 +76,25 @@ def foldable(layer: nn.Module) -> bool:
 def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
     """In which dtype the layer can run folded on x; ``None``: it cannot."""
     raw = layer._parameters.get("weight")
-    if raw is None or type(x) not in (Tensor, nn.Parameter):
+    if raw is None or type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point():
         return None
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() or functorch_active():
             return None
-    elif special_mode() or x.layout != torch.strided:
+    elif special_mode() or x.layout != torch.strided or x.is_nested:
         return None
     transform = layer._modules[_CHILD]
     dtype = transform._out_dtype(raw) or raw.dtype
     fits = x.dtype == dtype or (dtype != raw.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16))
     return dtype if fits and dtype in _DTYPES and raw.numel() and x.device == raw.device else None
+
+
+def _worth(x: Tensor, outputs: int, raw: Tensor) -> bool:
+    """Whether passes over x and as many outputs cost less than the passes over the weight that they replace.
+
+    Under ``torch.compile`` they are part of other loops.
+    """
+    return torch.compiler.is_compiling() or x.numel() + outputs <= raw.numel()
 
 
 def _apply(layer: Any, x: Tensor, dtype: torch.dtype, by_numbers: bool, conv: tuple | None) -> Tensor | None:
@@ -124,10 +132,9 @@ class SpectralLinear(_Spectral, nn.Linear):
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             return None
         by_numbers = x.is_cpu and dtype != torch.bfloat16 and not torch.compiler.is_compiling()
-        if not (by_numbers or torch.compiler.is_compiling()):
-            rows = x.numel() // self.in_features
-            if rows * (self.in_features + self.out_features) > raw.numel():
-                return None
+        rows = x.numel() // self.in_features
+        if not by_numbers and not _worth(x, rows * self.out_features, raw):
+            return None
         matrix = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         y = _apply(self, matrix, dtype, by_numbers, None)
         return y if y is None or x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
@@ -146,13 +153,12 @@ class _SpectralConv(_Spectral):
             padding = (0,) * axes
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batch = nn.functional.pad(batch, twice, mode=mode)
-        if not torch.compiler.is_compiling():
-            outputs = x.shape[0] if x.ndim == axes + 2 else 1
-            for i, n in enumerate(batch.shape[2:]):
-                reach = self.dilation[i] * (raw.shape[i + 2] - 1)
-                outputs *= max((n + 2 * padding[i] - reach - 1) // self.stride[i] + 1, 0)
-            if x.numel() + outputs * self.out_channels > raw.numel():
-                return None
+        outputs = batch.shape[0] * self.out_channels
+        for i, n in enumerate(batch.shape[2:]):
+            reach = self.dilation[i] * (raw.shape[i + 2] - 1)
+            outputs *= max((n + 2 * padding[i] - reach - 1) // self.stride[i] + 1, 0)
+        if not _worth(x, outputs, raw):
+            return None
         y = _apply(self, batch, dtype, False, (self.stride, padding, self.dilation, self.groups))
         return y if y is None or x.ndim == axes + 2 else y.squeeze(0)
 

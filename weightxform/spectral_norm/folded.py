@@ -88,9 +88,9 @@ def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a * b).sum(dtype=dtype).reshape(1)
 
 
-def _inner_rows(a: Tensor, b: Tensor) -> float:
-    """<a, b> of matrices: rows in one pass each, then in double precision."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).sum(dtype=torch.float64).item()
+def _inner_rows(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of matrices, 0-dim: rows in one pass each, then in double precision."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).sum(dtype=torch.float64).to(a.dtype)
 
 
 def _raw_product(x: Tensor, w: Tensor, plan: Plan) -> Tensor:
@@ -144,26 +144,24 @@ def _backward_by_numbers(
     needs_x, needs_w, needs_gain = needs
     nothing = dy.new_empty(())
     dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.s) if needs_x else None
-    dw, r = None, 0.0
+    dw = r = None
     if needs_w or needs_gain:
         assert x is not None
         u, v, _ = state.split([*reference.matrix_shape(w, plan.dim), 1])
         left, right = (u, v) if plan.dim == 0 else (v, u)
-        if dx is not None and (x.numel() <= w.numel() or not needs_w):
-            r = _inner_rows(dx, x)
-            if needs_w and _rides(x, w):
-                row = right * (-n.pull * r / n.s)
-                dw = torch.addmm(nothing, _with_row(dy, left).t(), _with_row(x, row), beta=0, alpha=n.gain * n.s)
-            elif needs_w:
-                dw = torch.addmm(nothing, dy.t(), x, beta=0, alpha=n.s)
-                dw = dw.addr_(left, right, beta=n.gain, alpha=-n.gain * n.pull * r)
-        else:
+        by_x = dx is not None and (x.numel() <= w.numel() or not needs_w)
+        rides = by_x and _rides(x, w)
+        if not (by_x and (rides or not needs_w)):
             dw = torch.addmm(nothing, dy.t(), x, beta=0, alpha=n.s)
-            r = _inner_rows(dw, w)
-            dw = dw.addr_(left, right, beta=n.gain, alpha=-n.gain * n.pull * r)
+        r = _inner_rows(dx, x) if by_x else _inner_rows(dw, w)  # type: ignore[arg-type]
+        if rides and needs_w:
+            row = right * (r * (-n.pull / n.s))
+            dw = torch.addmm(nothing, _with_row(dy, left).t(), _with_row(x, row), beta=0, alpha=n.gain * n.s)
+        elif needs_w:
+            dw = dw.addr_(left, right * (r * (-n.gain * n.pull)), beta=n.gain)  # type: ignore[union-attr]
     if dx is not None and n.gain != 1:
         dx.mul_(n.gain)
-    return dx, dw, state.new_full((), r) if needs_gain else None
+    return dx, dw, r
 
 
 # tensors: everything else
