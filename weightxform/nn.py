@@ -16,12 +16,13 @@ outputs (``autograd.grad(loss, layer.weight)`` says so). A layer reads it itself
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import functorch_active, special_mode
+from ._torch import functorch_active, ordinary
 from .computed import ComputedParameter
 from .spectral_norm import SpectralNorm, folded
 from .swap import base_of, child_name, slots_of, swapped
@@ -32,13 +33,11 @@ _CHILD = child_name("weight")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-class _Spectral:
-    """What the folded layers share."""
-
-    weight: Any
+def _constructor(plain: Any) -> Any:
+    """``__init__`` with the arguments of the torch class, and keyword-only those of :class:`SpectralNorm`."""
 
     def __init__(
-        self,
+        self: Any,
         *args: Any,
         n_power_iterations: int = 1,
         eps: float = 1e-12,
@@ -49,8 +48,17 @@ class _Spectral:
         **kwargs: Any,
     ) -> None:
         transform = SpectralNorm(n_power_iterations, eps, None, order, bound, gain, learn_gain)  # its errors come first
-        super().__init__(*args, **kwargs)
+        plain.__init__(self, *args, **kwargs)
         self.weight = ComputedParameter(self.weight, transform)
+
+    theirs = inspect.signature(plain.__init__).parameters.values()
+    ours = [p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    __init__.__signature__ = inspect.Signature([*theirs, *ours])  # type: ignore[attr-defined]
+    return __init__
+
+
+class _Spectral:
+    """What the folded layers share."""
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self).get("weight")  # type: ignore[arg-type]
@@ -81,7 +89,7 @@ def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() or functorch_active():
             return None
-    elif special_mode() or x.layout != torch.strided or x.is_nested:
+    elif not ordinary() or x.layout != torch.strided or x.is_nested:
         return None
     transform = layer._modules[_CHILD]
     dtype = transform._out_dtype(raw) or raw.dtype
@@ -125,6 +133,7 @@ class SpectralLinear(_Spectral, nn.Linear):
     """
 
     __wx_plain__ = nn.Linear
+    __init__ = _constructor(nn.Linear)
 
     def _fold(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         raw = self._parameters["weight"]
@@ -170,16 +179,19 @@ def _like(plain: type) -> str:
 class SpectralConv1d(_SpectralConv, nn.Conv1d):
     __doc__ = _like(nn.Conv1d)
     __wx_plain__ = nn.Conv1d
+    __init__ = _constructor(nn.Conv1d)
 
 
 class SpectralConv2d(_SpectralConv, nn.Conv2d):
     __doc__ = _like(nn.Conv2d)
     __wx_plain__ = nn.Conv2d
+    __init__ = _constructor(nn.Conv2d)
 
 
 class SpectralConv3d(_SpectralConv, nn.Conv3d):
     __doc__ = _like(nn.Conv3d)
     __wx_plain__ = nn.Conv3d
+    __init__ = _constructor(nn.Conv3d)
 
 
 _FOLDED: dict[type, type] = {

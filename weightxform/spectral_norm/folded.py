@@ -262,7 +262,7 @@ class FoldedFunction(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, dy):
         weight, gain, state, plan = ctx.weight, ctx.gain, ctx.state, ctx.plan
-        x = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        x = next(iter(ctx.saved_tensors), None)  # asked for once, as non-reentrant checkpoints want it
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4]
         if not through_ops():
             dx, dw, dgain = _differentiable(dy, x, ctx.shape, weight, gain, state, plan, needs)
