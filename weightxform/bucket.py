@@ -24,13 +24,14 @@ from .transform import Transform
 class Group:
     """The buckets of one ``constrain``. It lives in the forward hooks of the model, and is copied with it."""
 
-    def __init__(self, buckets: list[list[tuple[nn.Module, str]]]) -> None:
+    def __init__(self, buckets: list[list[tuple[nn.Module, str]]], accumulates: bool) -> None:
+        self.accumulates = accumulates
         self.buckets = [Bucket(self, members) for members in buckets]
         self.is_open = False
         self.link()
 
     @staticmethod
-    def over(model: nn.Module, targets: list[tuple[nn.Module, str]], bucket_bytes: int) -> None:
+    def over(model: nn.Module, targets: list[tuple[nn.Module, str]], bucket_bytes: int, accumulates: bool) -> None:
         buckets: list[list[tuple[nn.Module, str]]] = [[]]
         seen: set[Slot] = set()
         size = 0
@@ -48,7 +49,7 @@ class Group:
             size += raw.numel() * raw.element_size()
         buckets = [members for members in buckets if len(members) > 1]
         if buckets:
-            group = Group(buckets)
+            group = Group(buckets, accumulates)
             model.register_forward_pre_hook(group.begin)
             model.register_forward_hook(group.end, always_call=True)
 
@@ -118,7 +119,9 @@ class Bucket:
         if all(j.advance == j.transform.training for j in jobs):
             slots = [j.slot for j in jobs]
             parameters = [j.module._parameters for j in jobs]
-            self.last[jobs[0].folded] = _Last(kept, jobs, slots, [j.place for j in jobs], parameters, repetition(jobs))
+            self.last[jobs[0].folded] = _Last(
+                kept, jobs, slots, [j.place for j in jobs], parameters, repetition(jobs, self.group.accumulates)
+            )
 
     def again(self, slot: Slot, folded: bool) -> Tensor | None:
         """The value of ``slot``, computed with those with which it was computed the last time.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import evaluate
 from .bucket import Group
+from .checks import require_bool
 from .computed import install, new_slot, refuse
 from .slot import Slot
 from .swap import slots_of
@@ -44,6 +45,7 @@ def constrain(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     bucket_bytes: int = 25 * 2**20,
+    accumulate_grad: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Compute every ``weight`` of the Linear, Conv, ConvTranspose and Embedding layers of ``model``; returns ``model``.
@@ -58,6 +60,11 @@ def constrain(
             weight (``"*.weight"``); ``*`` matches dots too. Default: all, and none.
         bucket_bytes: a bucket ends once it holds this much. Weights of a bucket get their gradients together, so that
             buckets of about DDP's size leave the overlap with communication as it was.
+        accumulate_grad: where a raw tensor has a gradient already (accumulation over micro-batches), let the backward
+            kernel add to it, and give autograd none: one pass over the gradients instead of two. Hooks of the tensor and
+            ``torch.autograd.grad`` get the gradient as ever (autograd adds it then), and so does DDP, but not a
+            ``register_prehook`` on the tensor's ``AccumulateGrad`` node. On the CPU, for ``SpectralNorm``; elsewhere it
+            changes nothing.
 
     A tensor that several of the layers share (tied weights) is computed once and stays shared. One that is shared with
     a layer left out is the raw tensor there: ``UserWarning``.
@@ -67,6 +74,7 @@ def constrain(
         TypeError: an argument of another kind.
     """
     _check_arguments(model, transform, include, exclude, bucket_bytes, options)
+    require_bool("constrain", "accumulate_grad", accumulate_grad)
     targets = _choose(list(_candidates(model)), include, exclude)
     for path, module, name in targets:
         if name in slots_of(module):
@@ -79,7 +87,7 @@ def constrain(
         refuse(target.module, target.name, target.raw, transforms[id(target.raw)])
     _warn_of_ties(model, targets)
     _install(targets, transforms)
-    Group.over(model, [(t.module, t.name) for t in targets], bucket_bytes)
+    Group.over(model, [(t.module, t.name) for t in targets], bucket_bytes, accumulate_grad)
     return model
 
 

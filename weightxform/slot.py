@@ -388,12 +388,13 @@ def _with_lasting_graphs(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]]
     return outs
 
 
-def repetition(jobs: Sequence[Job]) -> Callable[[], list[Tensor]] | None:
+def repetition(jobs: Sequence[Job], accumulates: bool) -> Callable[[], list[Tensor]] | None:
     """What computes ``jobs`` again; ``None``: nothing does better than :func:`together`."""
     if jobs[0].folded:
         return None
     cls: Any = type(jobs[0].transform)
-    return cls.repeat_group([j.transform for j in jobs], [j.raw for j in jobs], [j.advance for j in jobs])
+    advance = [j.advance for j in jobs]
+    return cls.repeat_group([j.transform for j in jobs], [j.raw for j in jobs], advance, accumulates)
 
 
 def together(jobs: Sequence[Job]) -> list[Tensor]:

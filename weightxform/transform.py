@@ -88,11 +88,11 @@ class Transform(nn.Module):
 
     @classmethod
     def repeat_group(
-        cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool]
+        cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
     ) -> Callable[[], list[Tensor]] | None:
         """A faster :meth:`compute_group` of just these, called while nothing but the values of the raw tensors changes.
 
-        ``None`` where there is none.
+        ``accumulates``: a backward may add to ``raw.grad`` itself. ``None`` where there is none.
         """
         return None
 

@@ -17,7 +17,7 @@ inline Tensor vector(int64_t n, ScalarType dtype) { return allocate({n}, {1}, dt
 
 class Prepared {
  public:
-  Prepared(Members members, std::vector<Tensor> outs) : m(std::move(members)), outs(std::move(outs)) {
+  explicit Prepared(Members members) : m(std::move(members)) {
     for (size_t i = 0; i < m.weights.size(); i++) {
       sizes.push_back(to_dims(m.weights[i].sizes()));
       strides.push_back(to_dims(m.weights[i].strides()));
@@ -30,7 +30,6 @@ class Prepared {
   virtual Tensor forward(const std::vector<Tensor>& results) = 0;
 
   std::vector<Tensor> results() const {
-    if (!outs.empty()) return outs;
     std::vector<Tensor> fresh;
     for (size_t i = 0; i < sizes.size(); i++) fresh.push_back(allocate(sizes[i], strides[i], m.result));
     return fresh;
@@ -47,7 +46,6 @@ class Prepared {
   }
 
   Members m;
-  std::vector<Tensor> outs;  // where results go; empty: to new tensors
   std::vector<Dims> sizes, strides;
   std::vector<Layout> layouts;
 };
@@ -90,24 +88,18 @@ namespace {
 // A handle, or an empty tensor where the group cannot be prepared: it would need copies, or torch is too old.
 Tensor prepare(std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<Tensor> vs, std::vector<Tensor> gains,
                std::vector<int64_t> dims, std::vector<int64_t> n_iters, double eps, bool v_first,
-               std::optional<double> bound, std::optional<ScalarType> out_dtype, std::vector<Tensor> outs) {
+               std::optional<double> bound, std::optional<ScalarType> out_dtype) {
   Members members(weights, us, vs, gains, dims, n_iters, {eps, v_first, bound}, out_dtype);
-  check(outs.empty() || outs.size() == weights.size(), "outs must be as many as weights, or none");
   bool fits = torch_from_blob != nullptr;
   for (size_t i = 0; i < weights.size(); i++) {
     const Dims sizes = to_dims(weights[i].sizes()), strides = to_dims(weights[i].strides());
     fits = fits && is_dense(sizes, strides) && us[i].is_contiguous() && vs[i].is_contiguous();
-    if (!outs.empty())
-      check(outs[i].is_cpu() && outs[i].scalar_type() == members.result && same(outs[i].sizes(), sizes) &&
-                same(outs[i].strides(), strides),
-            "outs must have the shapes and layouts of the weights, and the dtype of the results");
   }
   if (!fits) return allocate({0}, {1}, ScalarType::Float);
   std::unique_ptr<Prepared> prepared;
   dispatch(members.dtype, [&](auto t) {
-    dispatch(members.result, [&](auto o) {
-      prepared = std::make_unique<PreparedFor<decltype(t), decltype(o)>>(std::move(members), std::move(outs));
-    });
+    dispatch(members.result,
+             [&](auto o) { prepared = std::make_unique<PreparedFor<decltype(t), decltype(o)>>(std::move(members)); });
   });
   const int64_t one = 1;
   AtenTensorHandle handle = nullptr;
@@ -128,9 +120,8 @@ Prepared& prepared_of(const Tensor& handle) {
 
 std::tuple<std::vector<Tensor>, Tensor> prepared_forward(Tensor handle) {
   Prepared& p = prepared_of(handle);
-  std::vector<Tensor> results = p.results();
+  const std::vector<Tensor> results = p.results();
   const Tensor state = p.forward(results);
-  if (!p.outs.empty()) results.clear();  // the caller has them
   return {results, state};
 }
 

@@ -327,7 +327,7 @@ class SpectralNorm(Transform):
 
     @classmethod
     def repeat_group(
-        cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]
+        cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
     ) -> Callable[[], list[Tensor]] | None:
         first = transforms[0]
         us, vs, dims, n_iters = members(transforms, raws, advance)
@@ -335,7 +335,8 @@ class SpectralNorm(Transform):
             return None
         gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
         v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
-        prepared = Prepared.of((list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype))
+        arguments = list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype
+        prepared = Prepared.of(arguments, accumulates)
         return None if prepared is None else prepared.apply
 
     # for folded layers

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import guard, through_ops
+from ..autograd import dense, guard, through_ops
 from ..registry import LIBRARY
 from .function import list_gradients
 
 LIBRARY.define(
     "spectral_norm_prepare(Tensor[] weights, Tensor[] us, Tensor[] vs, Tensor[] gains, int[] dims, int[] n_iters, "
-    "float eps, bool v_first, float? bound, ScalarType? out_dtype, Tensor[] outs) -> Tensor"
+    "float eps, bool v_first, float? bound, ScalarType? out_dtype) -> Tensor"
 )
 LIBRARY.define("spectral_norm_prepared_fwd(Tensor prepared) -> (Tensor[], Tensor)")
 LIBRARY.define(
@@ -35,17 +35,19 @@ class Prepared:
     Attributes:
         handle: of the kernel's copy; holds the tensors.
         vectors: every u and v, which a computation advances in place.
+        accumulates: gradients are added to ``raw.grad`` by the kernel where there is one.
     """
 
-    def __init__(self, handle: Tensor, arguments: tuple) -> None:
+    def __init__(self, handle: Tensor, arguments: tuple, accumulates: bool) -> None:
         weights, us, vs, gains, dims, n_iters, *_ = arguments
         self.handle = handle
         self.weights, self.gains, self.dims, self.bound = weights, gains, dims, arguments[8]
         self.vectors = [x for pair in zip(us, vs, strict=True) for x in pair] if any(n_iters) else []
         self.everyone = list(range(len(weights)))
+        self.accumulates = accumulates
 
     @staticmethod
-    def of(arguments: tuple, outs: Sequence[Tensor] = ()) -> Prepared | None:
+    def of(arguments: tuple, accumulates: bool = False) -> Prepared | None:
         """``None`` where there is no kernel for it, or a weight would have to be copied."""
         weights = arguments[0]
         name = "weightxform::spectral_norm_prepare"
@@ -54,8 +56,8 @@ class Prepared:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
             return None
         with torch._C._AutoDispatchBelowAutograd():
-            handle = _ops.spectral_norm_prepare(*arguments, list(outs))
-        return Prepared(handle, arguments) if handle.numel() else None
+            handle = _ops.spectral_norm_prepare.default(*arguments)
+        return Prepared(handle, arguments, accumulates) if handle.numel() else None
 
     def usable(self) -> bool:
         return backends.forced in (None, "cpu")
@@ -79,6 +81,44 @@ class Prepared:
         """The weights, differentiable in the raw tensors and the gains."""
         return list(_Repeated.apply(self, *self.weights, *self.gains))
 
+    def gradients(self, douts: list[Tensor], state: Tensor, nodes: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
+        """(dweights, dgains), with ``None`` for a weight to whose ``grad`` the kernel has added it.
+
+        ``nodes``: what autograd gives the gradients to.
+        """
+        adding = [i for i in self.everyone if self.accumulates and _adds(self.weights[i], nodes[i])]
+        if not adding:
+            return self.backward(douts, self.everyone, state, [])  # type: ignore[return-value]
+        into: list[Any] = [self.weights[i].grad for i in adding]
+        _, dgains = self.backward([douts[i] for i in adding], adding, state, into)
+        torch.autograd.graph.increment_version(into)
+        dweights: list[Tensor | None] = [None] * len(douts)
+        if len(adding) < len(douts):
+            others = [i for i in self.everyone if i not in set(adding)]
+            results, more = self.backward([douts[i] for i in others], others, state, [])
+            for i, dweight in zip(others, results, strict=True):
+                dweights[i] = dweight
+            dgains = torch.cat([dgains, more])[torch.tensor([*adding, *others]).argsort()]
+        return dweights, dgains
+
+
+def _adds(raw: Tensor, node: Any) -> bool:
+    """Whether the gradient of ``raw`` would be added to ``raw.grad`` next, and nobody would see it on its way.
+
+    Hooks of the tensor would; those of DDP come after it was added.
+    """
+    grad = raw.grad
+    if grad is None or grad.requires_grad or grad.dtype != raw.dtype or grad.layout != torch.strided:
+        return False
+    if grad.stride() != raw.stride() or not grad.is_cpu or grad.is_inference():
+        return False
+    if raw._backward_hooks or raw._post_accumulate_grad_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # inside torch.autograd.grad, which returns gradients and adds none
+        return False
+
 
 class _Repeated(torch.autograd.Function):
     @staticmethod
@@ -93,12 +133,13 @@ class _Repeated(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Any) -> tuple[Tensor | None, ...]:
         prepared = ctx.prepared
         if any(d is None for d in douts) or not through_ops() or not prepared.usable():
             return None, *list_gradients(ctx, douts)
         ctx.unchanged.check()
-        dweights, dgains = prepared.backward(list(douts), prepared.everyone, ctx.state, [])
+        nodes = [node for node, _ in ctx.next_functions]
+        dweights, dgains = prepared.gradients([dense(d) for d in douts], ctx.state, nodes)
         if not ctx.gains:
             return None, *dweights
         return None, *dweights, *(d.to(g.dtype) for d, g in zip(dgains.unbind(), ctx.gains, strict=True))
