@@ -46,8 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
 
     repeated = wx.SpectralNorm.repeat_group.__func__
 
-    def repeat_group(cls, transforms, raws, advance):
-        again = repeated(cls, transforms, raws, advance)
+    def repeat_group(cls, transforms, raws, advance, accumulates):
+        again = repeated(cls, transforms, raws, advance, accumulates)
 
         def counted():
             seen.append(list(advance))
