@@ -308,11 +308,13 @@ def test_a_list_with_its_training_step(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(footprint, "ours_without_pool", lambda chosen, threads: {})
     assert bench("tiny*", "--json", tmp_path / "out.json") == 0
     (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert [row["name"] for row in case["variants"]][:3] == ["ours", "ours, ungrouped", "ours, functional"]
+    assert [row["name"] for row in case["variants"]][:4] == [
+        "ours", "ours, ops alone", "ours, ungrouped", "ours, functional",
+    ]  # fmt: skip
     assert case["weights"] == 3
     step = case["step"]
-    assert set(step["times"]) == {"plain", "ours", "eager"}
-    assert set(step["cost"]) == {"ours", "eager"}
+    assert set(step["times"]) == {"plain", "ours", "folded", "eager"}
+    assert set(step["cost"]) == {"ours", "folded", "eager"}
     assert case["variants"][0]["fwd"]["vs_compiled"] is None
 
 
@@ -325,7 +327,7 @@ def test_a_training_step_with_compiled_weights_trains_the_same_model() -> None:
     from weightxform.bench.step import step_costs
 
     found = step_costs(spectral_norm.ROOM, problem, variant, 1e-3)
-    assert set(found["cost"]) == {"ours", "eager", "compiled"}
+    assert set(found["cost"]) == {"ours", "folded", "eager", "compiled"}
     assert all(raw.grad is not None and raw.grad.abs().sum() > 0 for raw in variant.raws)
     assert all(torch.isfinite(raw).all() for raw in variant.raws)
     assert len(before) == 3
@@ -391,7 +393,7 @@ def test_list_and_names(capsys: pytest.CaptureFixture) -> None:
         return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
 
     everything = listed()
-    assert len(everything) == len(spectral_norm.CASES) == 18
+    assert len(everything) == len(spectral_norm.CASES) == 19
     assert listed("spectral_norm") == everything
     assert listed("resnet*") == ["resnet-18", "resnet-50"]
     assert listed("--quick") == [c.name for c in spectral_norm.CASES if c.quick]
@@ -469,4 +471,4 @@ def test_verdicts_of_nothing_are_not_met() -> None:
         if verdict.value is None:
             assert verdict.met is None
             assert "not measured" in str(verdict)
-    assert sum(v.value is None for v in summary.verdicts([])) == 8
+    assert sum(v.value is None for v in summary.verdicts([])) == 13

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._torch import in_backward
 from .kept import Kept
-from .slot import Job, Slot, repetition, together, values_of
+from .slot import Job, Slot, is_folded, repetition, together, values_of
 from .swap import child_name, slots_of
 from .transform import Transform
 
@@ -77,7 +77,7 @@ class Group:
     def _set_open(self, is_open: bool) -> None:
         self.is_open = is_open
         for bucket in self.buckets:
-            bucket.values = None
+            bucket.values = {}
 
 
 def _compiling() -> bool:
@@ -91,14 +91,14 @@ class Bucket:
     def __init__(self, group: Group, members: list[tuple[nn.Module, str]]) -> None:
         self.group = group
         self.members = members
-        self.values: list[Tensor | None] | None = None  # while a compiled forward is traced
+        self.values: dict[bool, list[Tensor | None]] = {}  # by Job.folded, while a compiled forward is traced
         self.forget()
 
     def forget(self) -> None:
         self.last: dict[bool, _Last] = {}  # by Job.folded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "values": None, "last": {}}
+        return {**self.__dict__, "values": {}, "last": {}}
 
     def link(self) -> bool:
         complete = True
@@ -176,20 +176,20 @@ class Bucket:
         job = slot.job(module, name, raw, transform, folded)
         return job if job.keeps else None
 
-    def traced(self, slot: Slot) -> Tensor:
+    def traced(self, slot: Slot, folded: bool) -> Tensor:
         """Inside a compiled forward of the model: the first read computes the bucket.
 
         Not the hook: for most classes that is another frame to Dynamo, and so another graph. If the first read is
         inside an activation checkpoint, Dynamo refuses the write to ``values``: the graph breaks, or with fullgraph,
         raises.
         """
-        if self.values is None:
-            self.values = self._compute_traced()
-        value = self.values[slot.index]
+        if folded not in self.values:
+            self.values[folded] = self._compute_traced(folded)
+        value = self.values[folded][slot.index]
         assert value is not None
         return value
 
-    def _compute_traced(self) -> list[Tensor | None]:
+    def _compute_traced(self, folded: bool) -> list[Tensor | None]:
         values: list[Tensor | None] = [None] * len(self.members)
         parts: list[_Part] = []
         for i, (module, name) in enumerate(self.members):
@@ -198,7 +198,9 @@ class Bucket:
                 continue
             transform = module._modules[child_name(name)]
             assert transform is not None
-            job = Job(slot, module, name, raw, transform, slot.folds, transform.training, False, None)
+            if is_folded(module, transform) is not folded:
+                continue
+            job = Job(slot, module, name, raw, transform, folded, transform.training, False, None)
             key = _key(job)
             part = _find(parts, key)
             part.where.append(i)

@@ -46,6 +46,7 @@ def constrain(
     exclude: Sequence[str] | None = None,
     bucket_bytes: int = 25 * 2**20,
     accumulate_grad: bool = False,
+    fold: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Compute every ``weight`` of the Linear, Conv, ConvTranspose and Embedding layers of ``model``; returns ``model``.
@@ -61,10 +62,13 @@ def constrain(
         bucket_bytes: a bucket ends once it holds this much. Weights of a bucket get their gradients together, so that
             buckets of about DDP's size leave the overlap with communication as it was.
         accumulate_grad: where a raw tensor has a gradient already (accumulation over micro-batches), let the backward
-            kernel add to it, and give autograd none: one pass over the gradients instead of two. Hooks of the tensor and
-            ``torch.autograd.grad`` get the gradient as ever (autograd adds it then), and so does DDP, but not a
+            kernel add to it, and give autograd none: one pass over the gradients instead of two. Hooks of the tensor
+            and ``torch.autograd.grad`` get the gradient as ever (autograd adds it then), and so does DDP, but not a
             ``register_prehook`` on the tensor's ``AccumulateGrad`` node. On the CPU, for ``SpectralNorm``; elsewhere it
             changes nothing.
+        fold: make the ``nn.Linear`` and ``nn.Conv1d/2d/3d`` layers folded ones, as ``wx.nn.SpectralLinear``: the same
+            numbers, and the computed weight is never written. Other layers, subclasses of these, and transforms that
+            cannot be folded stay as they are.
 
     A tensor that several of the layers share (tied weights) is computed once and stays shared. One that is shared with
     a layer left out is the raw tensor there: ``UserWarning``.
@@ -75,6 +79,7 @@ def constrain(
     """
     _check_arguments(model, transform, include, exclude, bucket_bytes, options)
     require_bool("constrain", "accumulate_grad", accumulate_grad)
+    require_bool("constrain", "fold", fold)
     targets = _choose(list(_candidates(model)), include, exclude)
     for path, module, name in targets:
         if name in slots_of(module):
@@ -87,6 +92,11 @@ def constrain(
         refuse(target.module, target.name, target.raw, transforms[id(target.raw)])
     _warn_of_ties(model, targets)
     _install(targets, transforms)
+    if fold:
+        from .nn import fold_layer  # it has computed weights itself
+
+        for target in targets:
+            fold_layer(target.module)
     Group.over(model, [(t.module, t.name) for t in targets], bucket_bytes, accumulate_grad)
     return model
 

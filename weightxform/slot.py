@@ -75,7 +75,7 @@ class Slot:
     Attributes:
         weight: the last computed tensor.
         state: the last that a folded layer took in its place.
-        folds: the module is a folded layer.
+        folds: the module took the state, and not the weight, when it was last called.
         advanced: stamp of the raw tensor at the last step of the state; one step is made per stamp.
         managed: FSDP2 puts other tensors in the raw tensor's place and writes to them behind version counters; nothing
             is kept then, and the state takes one step a forward.
@@ -174,9 +174,9 @@ class Slot:
             return None
         if type(raw) is not nn.Parameter and (is_lazy(raw) or is_dtensor(raw)):
             return None
-        self.folds = True
         if torch.compiler.is_compiling():
             return self._traced(module, name, raw, transform, folded=True)
+        self.folds = True
         place = self.state
         if place.kept is not None:
             value = place.kept.serve(place.row, raw, transform, name)
@@ -194,11 +194,11 @@ class Slot:
         """Under ``torch.compile`` and ``torch.export``: part of the graph, computed and advanced at every read."""
         if raw is None and not self.owner:
             return None
-        if self.folds and not folded:  # somebody reads the weight of a folded layer, whose forward advances
+        if not folded and is_folded(module, transform):  # somebody reads the weight; its forward is what advances
             return evaluate(transform, raw, False)
         if not torch.compiler.is_exporting():
             if self.bucket is not None and self.bucket.group.is_open:
-                return self.bucket.traced(self)
+                return self.bucket.traced(self, folded)
             if transform.training:
                 # A compiled part of an eager model: the others of the bucket must not advance it as well. Inside an
                 # activation checkpoint Dynamo refuses this write (of something that is no constant), and so does not
@@ -323,6 +323,11 @@ def _forward_begins(module: nn.Module, args: object) -> None:
                 "computes on plain tensors"
             )
         slot.forwards += 1
+
+
+def is_folded(module: nn.Module, transform: nn.Module) -> bool:
+    """Whether ``module`` is a layer of ``wx.nn`` that can take a state in the place of its weight."""
+    return hasattr(module, "__wx_plain__") and isinstance(transform, Transform) and transform.foldable
 
 
 def compute(jobs: Sequence[Job]) -> list[Tensor]:

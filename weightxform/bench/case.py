@@ -23,7 +23,7 @@ class Case:
     """A model, all of whose Linear and Conv weights are computed.
 
     Attributes:
-        group: ``"single"`` (one weight) or ``"list"``.
+        group: ``"single"`` (one weight), ``"list"``, or ``"layer"`` (one weight, for its training step).
         inputs: shape of a batch, for the whole training step; ``None``: the weights alone are timed.
         quick: part of ``--quick``.
     """
@@ -110,12 +110,16 @@ class Variant:
         with backend(self.forced):
             return self._forward()
 
+    def backward(self, outs: Sequence[Tensor], douts: Sequence[Tensor]) -> None:
+        """Give the raw tensors their gradients."""
+        torch.autograd.backward(outs, douts)
+
     def forward_backward(self, douts: Sequence[Tensor]) -> None:
         if self.forced is None:
-            torch.autograd.backward(self._forward(), douts)
+            self.backward(self._forward(), douts)
             return
         with backend(self.forced):
-            torch.autograd.backward(self._forward(), douts)
+            self.backward(self._forward(), douts)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Room:
         variants: the ways to compute the weights; those of role ``"ours"`` must be right, or nothing is timed.
         oracle: (weights, gradients) of the ``steps``-th training step from the initial state, in the given dtype.
         floor: bytes of (forward, backward) with each input read once and each output written once.
-        constrain: makes a model compute its weights: by ``"ours"`` or ``"eager"``; for the whole training step.
+        constrain: makes a model compute its weights, by one of ``constraints``; for the whole training step.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Room:
     oracle: Callable[[Problem, int, torch.dtype], tuple[list[Tensor], list[Tensor]]]
     floor: Callable[[Problem], tuple[int, int]]
     constrain: Callable[[nn.Module, str], nn.Module]
+    constraints: Sequence[str] = ("ours", "eager")
 
 
 def find_rooms() -> dict[str, Room]:

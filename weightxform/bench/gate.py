@@ -65,7 +65,7 @@ class Oracle:
         for _ in range(STEPS):
             variant.fresh()
             outs = variant.forward()
-            torch.autograd.backward(outs, douts)
+            variant.backward(outs, douts)
         found: tuple[list[Tensor | None], ...] = list(outs), [raw.grad for raw in variant.raws]
         worst = []
         for tensors, exact, bounds in zip(found, self.exact, self.bounds, strict=True):

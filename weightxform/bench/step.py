@@ -42,7 +42,7 @@ def step_costs(room: Room, problem: Problem, compiled: Variant | None, seconds: 
         return _step(lambda: model(x), list(model.parameters()), dout)
 
     steps = {PLAIN: of(copy.deepcopy(problem.model))}
-    for how in ("ours", "eager"):
+    for how in room.constraints:
         steps[how] = of(room.constrain(copy.deepcopy(problem.model), how))
     if compiled is not None:
         model, variant = copy.deepcopy(problem.model), compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import weightxform as wx
 from ... import backends
 from ...registry import OPS
 from ...spectral_norm import reference
+from ...spectral_norm.repeated import Prepared
 from .. import models
 from ..case import Case, Problem, Room, Variant, layers
 
@@ -31,6 +33,7 @@ SIZES = 256, 512, 1024, 2048, 4096, 8192
 CASES = (
     *(_single(n, n, quick=n in (512, 2048)) for n in SIZES),
     *(_single(n, n // 4) for n in SIZES),
+    Case("layer-1024x1024", "layer", partial(models.linear, 1024, 1024), (64, 1024), quick=True),
     Case("mlp-64x64x64", "list", models.mlp, (256, 64), quick=True),
     Case("sngan-discriminator", "list", models.sngan_discriminator, (32, 3, 32, 32)),
     Case("resnet-18", "list", models.resnet18, (8, 3, 64, 64), quick=True),
@@ -67,8 +70,8 @@ def floor(problem: Problem) -> tuple[int, int]:
 
 
 def constrain(model: nn.Module, how: str) -> nn.Module:
-    if how == "ours":
-        wx.constrain(model, wx.SpectralNorm)
+    if how != "eager":
+        wx.constrain(model, wx.SpectralNorm, fold=how == "folded")
     else:
         for layer in layers(model):
             parametrizations.spectral_norm(layer)
@@ -95,6 +98,44 @@ def ours(problem: Problem, grouped: bool) -> Built:
             transform.u.copy_(u)
             transform.v.copy_(v)
     return partial(_read, modules), [wx.raw(layer, "weight") for layer in modules]
+
+
+class OpsAlone(Variant):
+    """The grouped ops as ``wx.constrain`` calls them at every step, without autograd and modules."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        super().__init__("ours, ops alone", "ours", partial(functional, problem), backend, main=False)
+        self.problem = problem
+
+    def start(self) -> None:
+        self.raws = _leaves(self.problem)
+        weights = [w.detach() for w in self.raws]
+        us, vs = (list(x) for x in zip(*initial_state(self.problem), strict=True))
+        n = len(weights)
+        dim, n_iter, *rest = OPTIONS
+        self.arguments: Any = (weights, us, vs, [], [dim] * n, [n_iter] * n, *rest)
+        self.prepared = Prepared.of(self.arguments)
+        self.offsets = [0, *accumulate(u.numel() + v.numel() + 1 for u, v in zip(us, vs, strict=True))][:-1]
+        self.state: Any = None
+
+    def _forward(self) -> Sequence[Tensor]:
+        if self.prepared is not None:
+            outs, self.state = self.prepared.forward()
+            return outs
+        outs, self.state = OPS["spectral_norm_fwd_list"](*self.arguments)
+        _, us, vs, *_ = self.arguments
+        parts = self.state.split_with_sizes([k for u, v in zip(us, vs, strict=True) for k in (len(u), len(v), 1)])
+        torch._foreach_copy_([*us, *vs], [*parts[::3], *parts[1::3]])
+        return outs
+
+    def backward(self, outs: Sequence[Tensor], douts: Sequence[Tensor]) -> None:
+        if self.prepared is not None:
+            grads, _ = self.prepared.backward(list(douts), self.prepared.everyone, self.state, [])
+        else:
+            weights, _, _, _, dims, *_ = self.arguments
+            grads, _ = OPS["spectral_norm_bwd_list"](list(douts), weights, self.state, self.offsets, [], dims, None)
+        for raw, grad in zip(self.raws, grads, strict=True):
+            raw.grad = grad
 
 
 def _leaves(problem: Problem) -> list[Tensor]:
@@ -162,6 +203,7 @@ def variants(problem: Problem) -> Iterator[Variant]:
     served = many if grouped else one
     yield Variant("ours", "ours", partial(ours, problem, grouped), served)
     if grouped:
+        yield OpsAlone(problem, many)
         yield Variant("ours, ungrouped", "ours", partial(ours, problem, False), one, main=False)
     yield Variant("ours, functional", "ours", partial(functional, problem), one, main=False)
     for other in () if backends.forced else backends.available("spectral_norm_fwd"):
@@ -177,10 +219,17 @@ def variants(problem: Problem) -> Iterator[Variant]:
 
 ROOM = Room(
     name="spectral_norm",
-    ops=("spectral_norm_fwd", "spectral_norm_bwd", "spectral_norm_fwd_list", "spectral_norm_bwd_list"),
+    ops=(
+        "spectral_norm_fwd",
+        "spectral_norm_bwd",
+        "spectral_norm_fwd_list",
+        "spectral_norm_bwd_list",
+        "spectral_norm_state_list",
+    ),
     cases=CASES,
     variants=variants,
     oracle=oracle,
     floor=floor,
     constrain=constrain,
+    constraints=("ours", "folded", "eager"),
 )
