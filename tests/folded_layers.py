@@ -97,7 +97,7 @@ def update(layer: nn.Module) -> None:
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    assert actual.keys() == expected.keys()
+    assert list(actual) == list(expected), f"{list(actual)} and {list(expected)}"
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype, name
         assert relative_error(actual[name], value) <= tolerance, name

@@ -62,16 +62,18 @@ class _Spectral:
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self).get("weight")  # type: ignore[arg-type]
-        if slot is not None and foldable(self):  # type: ignore[arg-type]
-            compiling = torch.compiler.is_compiling()
-            dtype = _folding_dtype(self, input)
-            output = None if dtype is None else self._fold(input, dtype)  # type: ignore[attr-defined]
-            if output is not None:
-                return output
-            if not compiling:
-                slot.folds = False
-            elif dtype is None:  # under torch.compile this is what advances, and not a read of the weight
-                slot.folded(self, "weight", _CHILD)  # type: ignore[arg-type]
+        if slot is None or not foldable(self):  # type: ignore[arg-type]
+            return super().forward(input)  # type: ignore[misc]
+        dtype = _folding_dtype(self, input)
+        output = None if dtype is None else self._fold(input, dtype)  # type: ignore[attr-defined]
+        if output is not None:
+            return output
+        if not torch.compiler.is_compiling():
+            slot.folds = False
+        elif torch.compiler.is_exporting() or functorch_active():
+            return self._unfolded(input)  # type: ignore[attr-defined]
+        elif dtype is None:  # under torch.compile it is this that advances, and not a read of the weight
+            slot.folded(self, "weight", _CHILD)  # type: ignore[arg-type]
         return super().forward(input)  # type: ignore[misc]
 
 
@@ -95,6 +97,12 @@ def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
     dtype = transform._out_dtype(raw) or raw.dtype
     fits = x.dtype == dtype or (dtype != raw.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16))
     return dtype if fits and dtype in _DTYPES and raw.numel() and x.device == raw.device else None
+
+
+def _weight(layer: Any) -> Tensor:
+    """The computed weight as part of a graph."""
+    transform = layer._modules[_CHILD]
+    return transform.compute(layer._parameters["weight"], transform.training)
 
 
 def _worth(x: Tensor, outputs: int, raw: Tensor) -> bool:
@@ -135,6 +143,9 @@ class SpectralLinear(_Spectral, nn.Linear):
     __wx_plain__ = nn.Linear
     __init__ = _constructor(nn.Linear)
 
+    def _unfolded(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, _weight(self), self.bias)
+
     def _fold(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         raw = self._parameters["weight"]
         assert raw is not None
@@ -150,6 +161,9 @@ class SpectralLinear(_Spectral, nn.Linear):
 
 
 class _SpectralConv(_Spectral):
+    def _unfolded(self: Any, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _weight(self), self.bias)
+
     def _fold(self: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         raw = self._parameters["weight"]
         axes = raw.ndim - 2
