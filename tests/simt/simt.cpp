@@ -1,45 +1,19 @@
 // The machine behind simt.h. It is compiled without the thread sanitizer in every build: its bookkeeping and its
 // hand-overs then order nothing, and only what the annotations say counts as synchronisation between CUDA threads.
-#include "simt.h"
+#include "fiber.h"
 
 #include <linux/futex.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
 #include <memory>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#if defined(SIMT_RACES)  // the rest of the program is compiled with the thread sanitizer
-extern "C" {
-void* __tsan_create_fiber(unsigned flags);
-void* __tsan_get_current_fiber();
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-}
-#endif
 
 namespace simt {
 
@@ -48,15 +22,8 @@ BlockView* block = nullptr;
 
 namespace {
 
-constexpr size_t kStack = 256 << 10;  // the sanitizers need deep frames; pages are touched when used
-
 #if defined(SIMT_RACES)
 constexpr unsigned kFibers = 192;  // at once: clang's runtime has 256 slots
-void acquire(void* p) { __tsan_acquire(p); }
-void release(void* p) { __tsan_release(p); }
-#else
-void acquire(void*) {}
-void release(void*) {}
 #endif
 
 enum Order { kForward, kReverse, kRandom };
@@ -75,20 +42,8 @@ std::string dropped;             // "file:line"
 // has not left this one.
 struct Barrier {
   unsigned arrived = 0, generation = 0;
+  int line = 0;  // where the first to arrive is
   char order[2];
-};
-
-struct Fiber : Thread {
-  bool done = false;
-  const void* stack = nullptr;
-  size_t stack_size = 0;
-#if defined(__x86_64__)
-  void* pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  void* fake_stack = nullptr;
-  void* races = nullptr;  // the thread that the sanitizer sees
 };
 
 struct Exchange {
@@ -115,7 +70,6 @@ struct Block : BlockView {
 };
 
 Block& here() { return *static_cast<Block*>(block); }
-Fiber& me() { return *static_cast<Fiber*>(current); }
 
 // The right to run. A futex by hand: the sanitizer would take any other lock for synchronisation between the blocks.
 class Baton {
@@ -191,55 +145,6 @@ void hand_over(Grid& grid, Worker& from) {
   block = its_block;
 }
 
-#if defined(__x86_64__)
-extern "C" void simt_switch(void** save, void* next);
-asm(R"(
-.text
-.type simt_switch,@function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-)");
-#endif
-
-void arrived_on_stack([[maybe_unused]] void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
-  Fiber& s = here().scheduler;  // the first to arrive comes from there, and finds out where its stack is
-  __sanitizer_finish_switch_fiber(fake_stack, s.stack ? nullptr : &s.stack, s.stack ? nullptr : &s.stack_size);
-#endif
-}
-
-void switch_to(Fiber* to) {
-  Fiber* from = &me();
-  current = to;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack, to->stack, to->stack_size);
-#endif
-#if defined(SIMT_RACES)
-  __tsan_switch_to_fiber(to->races, 1);  // 1: this orders nothing
-#endif
-#if defined(__x86_64__)
-  simt_switch(&from->pointer, to->pointer);
-#else
-  swapcontext(&from->context, &to->context);
-#endif
-  arrived_on_stack(from->fake_stack);
-}
-
 Fiber* next_thread() {
   Block& b = here();
   unsigned i = me().rank;
@@ -265,8 +170,10 @@ void open(Barrier& b) {
   here().idle = 0;
 }
 
-void wait(Barrier& b, unsigned expected, bool ordered) {
+void wait(Barrier& b, unsigned expected, bool ordered, int line) {
   const unsigned generation = b.generation;
+  if (b.arrived == 0) b.line = line;
+  if (b.line != line) fail("threads are at different barriers");
   char* at = &b.order[generation & 1];
   if (ordered) release(at);
   if (++b.arrived == expected) open(b);
@@ -292,7 +199,7 @@ bool is_dropped(Place place, const char* kind) {
 }
 
 void thread_main() {
-  arrived_on_stack(nullptr);
+  arrived(nullptr);
   Block& b = here();
   acquire(&b.start);
   b.all->launch.body(b.all->launch.arguments);
@@ -305,34 +212,6 @@ void thread_main() {
   std::abort();
 }
 
-// Stacks, and the sanitizer's fibers, which are slow to make. Kept: launches come one at a time.
-char* stacks_of(unsigned worker, size_t threads) {
-  struct Stacks {
-    char* memory = nullptr;
-    size_t threads = 0;
-  };
-  static std::deque<Stacks> pool;
-  while (pool.size() <= worker) pool.emplace_back();
-  Stacks& s = pool[worker];
-  if (threads > s.threads) {
-    if (s.memory) munmap(s.memory, s.threads * kStack);
-    void* p =
-        mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::runtime_error("simt: no memory for the stacks of a block");
-    s = {static_cast<char*>(p), threads};
-  }
-  return s.memory;
-}
-
-#if defined(SIMT_RACES)
-void* races_of(unsigned worker, unsigned thread) {
-  static std::deque<std::deque<void*>> pool;
-  while (pool.size() <= worker) pool.emplace_back();
-  while (pool[worker].size() <= thread) pool[worker].push_back(__tsan_create_fiber(0));
-  return pool[worker][thread];
-}
-#endif
-
 void run_block(Grid& grid, Worker& worker, unsigned number) {
   const Launch& launch = grid.launch;
   const unsigned n = launch.size.x * launch.size.y * launch.size.z;
@@ -341,6 +220,7 @@ void run_block(Grid& grid, Worker& worker, unsigned number) {
   // Exact, so that the address sanitizer sees an overrun; NaN, so that what was never written shows.
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[launch.shared]);
   std::memset(shared.get(), 0xff, launch.shared);
+  fill_static_shared();
   b = Block{};
   b.index = {number % g.x, number / g.x % g.y, number / (g.x * g.y)};
   b.size = size;
@@ -352,35 +232,16 @@ void run_block(Grid& grid, Worker& worker, unsigned number) {
   b.turns.resize(n);
   b.warps.resize((n + kWarp - 1) / kWarp);
   b.alive = n;
-  char* stacks = stacks_of(worker.number, n);
   const std::vector<unsigned> turns = permutation(n, number);
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = b.threads[i];
     f.rank = i;
     f.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
-    char* stack = stacks + i * kStack;
-    f.stack = stack;
-    f.stack_size = kStack;
     b.turns[turns[i]] = turns[(i + 1) % n];
-#if defined(SIMT_RACES)
-    f.races = races_of(worker.number, i);
-#endif
-#if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(stack + kStack);
-    *--top = nullptr;
-    *--top = reinterpret_cast<void*>(thread_main);
-    top -= 6;  // the registers that simt_switch pops
-    f.pointer = top;
-#else
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stack;
-    f.context.uc_stack.ss_size = kStack;
-    makecontext(&f.context, thread_main, 0);
-#endif
+    prepare(f, worker.number, thread_main);
+    f.home = &b.scheduler;
   }
-#if defined(SIMT_RACES)
-  b.scheduler.races = __tsan_get_current_fiber();
-#endif
+  b.scheduler.races = races_here();
   block = &b;
   current = &b.scheduler;
   release(&b.start);
@@ -411,7 +272,7 @@ void fail(const char* what) {
 }
 
 void block_barrier(Place place) {
-  if (!is_dropped(place, "__syncthreads")) wait(here().barrier, here().alive, true);
+  if (!is_dropped(place, "__syncthreads")) wait(here().barrier, here().alive, true, place.line);
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place) {
@@ -434,7 +295,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool o
   if (e->what != what) fail("lanes of one warp are in different shuffles");
   const unsigned parity = e->barrier.generation & 1;
   e->values[parity][lane] = value;
-  wait(e->barrier, __builtin_popcount(mask), ordered);
+  wait(e->barrier, __builtin_popcount(mask), ordered, place.line);
   return e->values[parity];
 }
 
@@ -442,7 +303,7 @@ void grid_barrier(Place place) {
   Block& b = here();
   Grid& grid = *b.all;
   if (!grid.launch.cooperative) fail("a grid sync in a launch that is not cooperative");
-  if (is_dropped(place, "grid_sync")) return wait(b.barrier, b.alive, true);
+  if (is_dropped(place, "grid_sync")) return wait(b.barrier, b.alive, true, place.line);
   const unsigned generation = grid.barrier.generation;
   char* at = &grid.barrier.order[generation & 1];
   release(at);
