@@ -7,7 +7,8 @@ well. Each weight keeps its own slot, so a member that was not written is not co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ._torch import in_backward
 from .kept import Kept
 from .slot import Job, Slot, is_folded, repetition, together, values_of
 from .swap import child_name, slots_of
-from .transform import Transform
+from .transform import Repeat, Transform
 
 
 class Group:
@@ -140,11 +141,13 @@ class Bucket:
             or not all(map(is_, [p.get(j.name) for p, j in zip(parameters, jobs, strict=True)], kept.raws))
             or any([s.compiled is not None or s.pending is not None for s in slots])
             or (jobs[0].advance and in_backward())
-            or not kept.only_raws_written()
         ):
             return None
+        stamps = kept.only_raws_written()
+        if stamps is None:
+            return None
         kept.drop_all()
-        kept.keep(values_of(jobs, repeat))
+        kept.keep(values_of(jobs, repeat and partial(repeat, stamps)), stamps)
         if jobs[0].advance:
             for s, raw, version, steps, ptr in zip(slots, kept.raws, kept.versions, kept.steps, kept.ptrs, strict=True):
                 s.advanced = id(raw), (version, steps), ptr, s.forwards
@@ -219,7 +222,7 @@ class _Last(NamedTuple):
     slots: list[Slot]
     places: list[Any]
     parameters: list[dict]
-    repeat: Callable[[], list[Tensor]] | None
+    repeat: Repeat | None
 
 
 class _Part(NamedTuple):

@@ -49,7 +49,7 @@ class Kept:
     __slots__ = (
         "autocast", "complete", "configured", "dtypes", "guarded", "inference", "kind", "learned", "learned_steps",
         "plain", "ptrs", "raws", "readers", "requires", "served", "starts", "state_versions", "states", "steps",
-        "training", "transforms", "value_ptrs", "value_versions", "values", "versions",
+        "tracked", "training", "transforms", "value_ptrs", "value_versions", "values", "versions",
     )  # fmt: skip
 
     def __init__(self, jobs: Sequence[Job], values: Sequence[Tensor], kind: str, readers: Sequence[Reader]) -> None:
@@ -64,6 +64,8 @@ class Kept:
         states = [tuple(read()) for read in readers]
         self.states = [t for state in states for t in state]  # held, so that their ids stay theirs
         self.starts = [0, *accumulate(map(len, states))]
+        # Whether Transform.configured tells that the state is made of other tensors than it was.
+        self.tracked = all(isinstance(t, Transform) and not t._modules for t in self.transforms)
         self.plain = not any(t.is_inference() for t in self.states)
         self.learned = [[t for t in state if isinstance(t, nn.Parameter)] for state in states]
         self.guarded = [
@@ -72,13 +74,12 @@ class Kept:
         ]
         self.keep(values)
 
-    def keep(self, values: Sequence[Tensor]) -> None:
-        """``values`` were computed just now."""
+    def keep(self, values: Sequence[Tensor], stamps: tuple[list[int], list[int]] | None = None) -> None:
+        """``values`` were computed just now, from raw tensors of these versions and optimizer steps."""
         self.configured = Transform.configured
         self.training = self.transforms[0].training
         self.inference, self.autocast = torch.is_inference_mode_enabled(), autocast_dtype(self.kind)
-        self.versions = [0 if r is None else r._version for r in self.raws]
-        self.steps = [_steps(id(r), 0) for r in self.raws]
+        self.versions, self.steps = versions.stamps(self.raws) if stamps is None else stamps
         self.state_versions = [t._version if self.plain or not t.is_inference() else 0 for t in self.states]
         self.learned_steps = [[_steps(id(t), 0) for t in row] if row else () for row in self.learned]
         self.values: list[Any] = list(values)
@@ -109,14 +110,18 @@ class Kept:
             return None
         if not self.served[row] or transform.training is not self.training or not self._same_modes():
             return None
-        k, end = self.starts[row], self.starts[row + 1]
         states, versions, plain = self.states, self.state_versions, self.plain
-        for t in self.readers[row]():
-            if k == end or t is not states[k] or ((plain or not t.is_inference()) and t._version != versions[k]):
+        k, end = self.starts[row], self.starts[row + 1]
+        if (not self.tracked or Transform.configured != self.configured) and (
+            tuple(map(id, self.readers[row]())) != tuple(map(id, states[k:end]))
+        ):
+            return None
+        while k < end:
+            if (plain or not states[k].is_inference()) and states[k]._version != versions[k]:
                 return None
             k += 1
         learned = self.learned[row]
-        if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
+        if learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]:
             return None
         return value if ordinary() and (self.kind != "cuda" or not capturing_cuda_graph()) else None
 
@@ -142,16 +147,16 @@ class Kept:
         self.values = [None] * len(self.raws)
         self.complete = False
 
-    def only_raws_written(self) -> bool:
-        """Whether every raw tensor was written, by version or by an optimizer's step, and nothing else happened.
+    def only_raws_written(self) -> tuple[list[int], list[int]] | None:
+        """Their versions and steps, if every raw tensor was written and nothing else happened.
 
         Only for rows that are all served, have a raw tensor each and transforms of the class :class:`Transform`.
         """
         raws, values = self.raws, self.values
-        if not self.complete or Transform.configured != self.configured:
-            return False
-        seen, steps = [r._version for r in raws], [_steps(id(r), 0) for r in raws]
-        return (
+        if not self.complete or not self.tracked or Transform.configured != self.configured:
+            return None
+        now = seen, steps = versions.stamps(raws)
+        unchanged = (
             (all(map(ne, seen, self.versions)) or all(map(ne, steps, self.steps)))
             and [r.data_ptr() for r in raws] == self.ptrs
             and [r.dtype for r in raws] == self.dtypes
@@ -161,6 +166,7 @@ class Kept:
             and self._same_modes()
             and (self.kind != "cuda" or not capturing_cuda_graph())
         )
+        return now if unchanged else None
 
 
 def _aliases(out: Tensor, inputs: Iterable[Tensor | None], transform: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from ._torch import (
 from .evaluate import caches, evaluate, keeps_graph, reset, state_reader
 from .kept import Kept, Reader
 from .retained import retained
-from .transform import Transform
+from .transform import Repeat, Transform
 
 if TYPE_CHECKING:
     from .bucket import Bucket
@@ -393,7 +393,7 @@ def _with_lasting_graphs(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]]
     return outs
 
 
-def repetition(jobs: Sequence[Job], accumulates: bool) -> Callable[[], list[Tensor]] | None:
+def repetition(jobs: Sequence[Job], accumulates: bool) -> Repeat | None:
     """What computes ``jobs`` again; ``None``: nothing does better than :func:`together`."""
     if jobs[0].folded:
         return None

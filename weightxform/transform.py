@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .numerics import FLOAT_DTYPES
 
+Repeat = Callable[[tuple[list[int], list[int]]], list[Tensor]]
+
 
 class Transform(nn.Module):
     """Base class of transforms: ``weight = transform(raw)``.
@@ -89,10 +91,11 @@ class Transform(nn.Module):
     @classmethod
     def repeat_group(
         cls, transforms: Sequence[Transform], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
-    ) -> Callable[[], list[Tensor]] | None:
+    ) -> Repeat | None:
         """A faster :meth:`compute_group` of just these, called while nothing but the values of the raw tensors changes.
 
-        ``accumulates``: a backward may add to ``raw.grad`` itself. ``None`` where there is none.
+        It gets the versions and the optimizer steps of the raw tensors. ``None`` where there is none.
+        ``accumulates``: a backward may add to ``raw.grad`` itself.
         """
         return None
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +42,31 @@ def stamp(tensor: Tensor) -> tuple[int, int]:
     return (0 if tensor.is_inference() else tensor._version, _epochs.get(id(tensor), 0))
 
 
+def stamps(tensors: Iterable[Any]) -> tuple[list[int], list[int]]:
+    """The versions and the optimizer steps of :func:`stamp`, in columns; ``None`` for no tensor counts as unwritten."""
+    tensors = list(tensors)
+    epochs = _epochs.get
+    try:
+        seen = [t._version for t in tensors]
+    except (AttributeError, RuntimeError):  # none, or an inference tensor, which has no version
+        seen = [0 if t is None or t.is_inference() else t._version for t in tensors]
+    return seen, [epochs(id(t), 0) for t in tensors]
+
+
 class Unchanged:
     """Holds tensors that a backward pass will read again, and raises if they were written meanwhile."""
 
     __slots__ = ("steps", "tensors", "versions", "what")
 
-    def __init__(self, what: str, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, what: str, tensors: Iterable[Tensor], known: tuple[list[int], list[int]] | None = None) -> None:
+        """``known``: the :func:`stamps` of the tensors, where they were read already."""
         self.what = what
         self.tensors = list(tensors)
-        self.versions, self.steps = _stamps(self.tensors)
+        self.versions, self.steps = stamps(self.tensors) if known is None else known
 
     def check(self, which: Iterable[int] | None = None) -> None:
         """Raise if one of the tensors (of these, by position) was written."""
-        versions, steps = _stamps(self.tensors)
+        versions, steps = stamps(self.tensors)
         if versions == self.versions and steps == self.steps:
             return
         for i in range(len(self.tensors)) if which is None else which:
@@ -65,9 +78,3 @@ class Unchanged:
                     f"backward ((version, optimizer steps) {before} then, {now} now). "
                     "Call backward before the write, or compute the weight again after it."
                 )
-
-
-def _stamps(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
-    """:func:`stamp` of each, in columns."""
-    epochs = _epochs.get
-    return [0 if t.is_inference() else t._version for t in tensors], [epochs(id(t), 0) for t in tensors]

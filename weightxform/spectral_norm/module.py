@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._torch import autocast_dtype, in_backward
 from ..checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
 from ..numerics import opmath
-from ..transform import Transform, describe, require_float
+from ..transform import Repeat, Transform, describe, require_float
 from . import checkpoint, reference
 from .conv_operator import Geometry, apply_conv
 from .function import apply, apply_list
@@ -180,6 +180,7 @@ class SpectralNorm(Transform):
                 old.copy_(new)
             else:
                 self._buffers[name] = new
+                Transform.configured += 1
 
     @torch.no_grad()
     def _settle(self, raw: Tensor, n_iter: int) -> None:
@@ -328,7 +329,7 @@ class SpectralNorm(Transform):
     @classmethod
     def repeat_group(
         cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
-    ) -> Callable[[], list[Tensor]] | None:
+    ) -> Repeat | None:
         first = transforms[0]
         us, vs, dims, n_iters = members(transforms, raws, advance)
         if not all(n_iters):  # in eval mode u and v are copies

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd import dense, guard, through_ops
+from ..autograd import through_ops
 from ..registry import LIBRARY
+from ..versions import Unchanged
 from .function import list_gradients
 
 LIBRARY.define(
@@ -77,16 +78,16 @@ class Prepared:
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.spectral_norm_prepared_bwd.default(self.handle, douts, which, state, into)
 
-    def apply(self) -> list[Tensor]:
-        """The weights, differentiable in the raw tensors and the gains."""
-        return list(_Repeated.apply(self, *self.weights, *self.gains))
+    def apply(self, stamps: tuple[list[int], list[int]]) -> list[Tensor]:
+        """The weights, differentiable in the raw tensors and the gains. ``stamps``: of the raw tensors, as they are."""
+        return list(_Repeated.apply(self, stamps, *self.weights, *self.gains))
 
-    def gradients(self, douts: list[Tensor], state: Tensor, nodes: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
-        """(dweights, dgains), with ``None`` for a weight to whose ``grad`` the kernel has added it.
-
-        ``nodes``: what autograd gives the gradients to.
-        """
-        adding = [i for i in self.everyone if self.accumulates and _adds(self.weights[i], nodes[i])]
+    def gradients(self, douts: list[Tensor], ctx: Any) -> tuple[list[Tensor | None], Tensor]:
+        """(dweights, dgains), with ``None`` for a weight to whose ``grad`` the kernel has added it."""
+        state, adding = ctx.state, []
+        if self.accumulates and any([w.grad is not None for w in self.weights]):
+            nodes = ctx.next_functions
+            adding = [i for i in self.everyone if _adds(self.weights[i], nodes[i][0])]
         if not adding:
             return self.backward(douts, self.everyone, state, [])  # type: ignore[return-value]
         into: list[Any] = [self.weights[i].grad for i in adding]
@@ -122,24 +123,24 @@ def _adds(raw: Tensor, node: Any) -> bool:
 
 class _Repeated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prepared: Prepared, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, prepared: Prepared, stamps: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
         outs, state = prepared.forward()
         n = len(outs)
         ctx.prepared, ctx.state = prepared, state
         ctx.weights, ctx.gains = tensors[:n], tensors[n:]
         ctx.dims, ctx.bound = prepared.dims, prepared.bound
         ctx.set_materialize_grads(False)
-        ctx.unchanged = guard("spectral_norm", tensors)
+        ctx.unchanged = Unchanged("spectral_norm", tensors, None if ctx.gains else stamps)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Any) -> tuple[Tensor | None, ...]:
         prepared = ctx.prepared
-        if any(d is None for d in douts) or not through_ops() or not prepared.usable():
-            return None, *list_gradients(ctx, douts)
+        usable = through_ops() and prepared.usable()
+        if not usable or not all([d is not None and d.layout is torch.strided for d in douts]):
+            return None, None, *list_gradients(ctx, douts)  # a second derivative, members that nobody used, ...
         ctx.unchanged.check()
-        nodes = [node for node, _ in ctx.next_functions]
-        dweights, dgains = prepared.gradients([dense(d) for d in douts], ctx.state, nodes)
+        dweights, dgains = prepared.gradients(list(douts), ctx)
         if not ctx.gains:
-            return None, *dweights
-        return None, *dweights, *(d.to(g.dtype) for d, g in zip(dgains.unbind(), ctx.gains, strict=True))
+            return None, None, *dweights
+        return None, None, *dweights, *(d.to(g.dtype) for d, g in zip(dgains.unbind(), ctx.gains, strict=True))
