@@ -49,9 +49,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
     def repeat_group(cls, transforms, raws, advance, accumulates):
         again = repeated(cls, transforms, raws, advance, accumulates)
 
-        def counted():
+        def counted(stamps):
             seen.append(list(advance))
-            return again()
+            return again(stamps)
 
         return counted if again is not None else None
 

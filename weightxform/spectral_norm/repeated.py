@@ -6,7 +6,6 @@ eager code: the ops below name their tensors by a handle, so nothing that traces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
