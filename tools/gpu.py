@@ -344,7 +344,10 @@ def main() -> int:
         run.facts = json.loads(run.log(machine).read_text().splitlines()[-1])  # above it torch may have warned
     if args.device == "cuda":
         run.do(Step("nvidia-smi", ["nvidia-smi"], 30, required=False))
-        run.do(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, build_settings(run)))
+        settings = build_settings(run)
+        run.do(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, settings))
+        archs = ["--archs", *settings.values()] if settings else []
+        run.do(Step("budgets", [sys.executable, "tools/check_cuda.py", *archs], 60))
     for step in stages[0]:
         run.do(step)
     for step in run.together(stages[1]):
