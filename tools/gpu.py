@@ -342,6 +342,8 @@ def main() -> int:
     machine = run.do(Step("machine", [*PYTHON, "-c", FACTS], 90))
     if machine.status == "passed":
         run.facts = json.loads(run.log(machine).read_text().splitlines()[-1])  # above it torch may have warned
+    if args.device == "cuda" and not run.facts.get("gpus"):  # tests would be skipped, and pass
+        machine.status, machine.note = "failed", machine.note or "torch sees no GPU"
     if args.device == "cuda":
         run.do(Step("nvidia-smi", ["nvidia-smi"], 30, required=False))
         settings = build_settings(run)
