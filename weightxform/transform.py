@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .numerics import FLOAT_DTYPES
 
-Repeat = Callable[[tuple[list[int], list[int]]], list[Tensor]]
+Repeat = Callable[[tuple[list[int], list[int]]], list[Tensor] | None]
 
 
 class Transform(nn.Module):
@@ -27,7 +27,9 @@ class Transform(nn.Module):
     configured: ClassVar[int] = 0  # counts what was set on any transform: options, modes, buffers, devices
 
     def __setattr__(self, name: str, value: Any) -> None:
-        Transform.configured += 1
+        # Where it is traced Dynamo would compile again whenever the count had moved; train() once more sets nothing.
+        if not torch.compiler.is_compiling() and not (name == "training" and self.__dict__.get(name) is value):
+            Transform.configured += 1
         super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -94,8 +96,9 @@ class Transform(nn.Module):
     ) -> Repeat | None:
         """A faster :meth:`compute_group` of just these, called while nothing but the values of the raw tensors changes.
 
-        It gets the versions and the optimizer steps of the raw tensors. ``None`` where there is none.
-        ``accumulates``: a backward may add to ``raw.grad`` itself.
+        It gets the versions and the optimizer steps of the raw tensors, and returns ``None``, with nothing done, where
+        :meth:`compute_group` has to do it. ``None`` where there is none. ``accumulates``: a backward may add to
+        ``raw.grad`` itself.
         """
         return None
 

@@ -331,9 +331,9 @@ class SpectralNorm(Transform):
         cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
     ) -> Repeat | None:
         first = transforms[0]
+        if not all(a and t.n_power_iterations for t, a in zip(transforms, advance, strict=True)):
+            return None  # without an iteration u and v are read as copies
         us, vs, dims, n_iters = members(transforms, raws, advance)
-        if not all(n_iters):  # in eval mode u and v are copies
-            return None
         gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
         v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
         arguments = list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype
