@@ -398,7 +398,7 @@ def test_gradient_penalty(kind, form, folds):
     assert len(folds) == 1
 
 
-@pytest.mark.parametrize("kind", ["rides", "conv2d"])
+@pytest.mark.parametrize("kind", ["rides", "batch_above_outputs", "batch_above_weight", "conv2d"])
 def test_batched_gradients(kind, folds):
     folded, plain = pair(kind)
     results = []

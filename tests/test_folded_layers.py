@@ -20,6 +20,7 @@ from weightxform.numerics import relative_error
 from weightxform.swap import base_of
 
 __all__ = ["folds"]  # a fixture
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 EACH = ("rides", "conv1d", "conv2d", "conv3d")
 
@@ -296,6 +297,14 @@ def test_more_activations_than_weights_run_unfolded(kind, folds):
     folded(input_for(kind, torch.bfloat16))  # few: the same state
     assert len(folds) == 1
     assert_close(dict(folded.named_buffers()), dict(plain.named_buffers()), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "conv" in k])
+def test_the_size_of_an_output_is_known_before_it_is_computed(kind):
+    folded, plain = pair(kind)
+    x = input_for(kind)
+    batched = "unbatched" not in kind
+    assert folded._outputs(x, folded._reversed_padding_repeated_twice, batched) == plain(x).numel()
 
 
 @pytest.mark.parametrize("kind", ["rides", "conv2d"])

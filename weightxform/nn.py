@@ -17,6 +17,7 @@ outputs (``autograd.grad(loss, layer.weight)`` says so). A layer reads it itself
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -96,6 +97,7 @@ def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
     transform = layer._modules[_CHILD]
     dtype = transform._out_dtype(raw) or raw.dtype
     fits = x.dtype == dtype or (dtype != raw.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16))
+    fits = fits and (layer.bias is None or layer.bias.dtype == raw.dtype)
     return dtype if fits and dtype in _DTYPES and raw.numel() and x.device == raw.device else None
 
 
@@ -106,11 +108,8 @@ def _weight(layer: Any) -> Tensor:
 
 
 def _worth(x: Tensor, outputs: int, raw: Tensor) -> bool:
-    """Whether passes over x and as many outputs cost less than the passes over the weight that they replace.
-
-    Under ``torch.compile`` they are part of other loops.
-    """
-    return torch.compiler.is_compiling() or x.numel() + outputs <= raw.numel()
+    """Whether passes over x and as many outputs cost less than the passes over the weight that they replace."""
+    return x.numel() + outputs <= raw.numel()
 
 
 def _apply(layer: Any, x: Tensor, dtype: torch.dtype, by_numbers: bool, conv: tuple | None) -> Tensor | None:
@@ -151,9 +150,9 @@ class SpectralLinear(_Spectral, nn.Linear):
         assert raw is not None
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             return None
-        by_numbers = x.is_cpu and dtype != torch.bfloat16 and not torch.compiler.is_compiling()
-        rows = x.numel() // self.in_features
-        if not by_numbers and not _worth(x, rows * self.out_features, raw):
+        rows, compiling = x.numel() // self.in_features, torch.compiler.is_compiling()
+        by_numbers = x.is_cpu and dtype != torch.bfloat16 and not compiling
+        if not (by_numbers or compiling or _worth(x, rows * self.out_features, raw)):
             return None
         matrix = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         y = _apply(self, matrix, dtype, by_numbers, None)
@@ -169,21 +168,27 @@ class _SpectralConv(_Spectral):
         axes = raw.ndim - 2
         if x.ndim not in (axes + 1, axes + 2) or x.shape[x.ndim - axes - 1] != self.in_channels:
             return None
-        batch = x if x.ndim == axes + 2 else x.unsqueeze(0)
+        batched = x.ndim == axes + 2
         twice = self._reversed_padding_repeated_twice  # (before, after) of each axis, the last axis first
+        if not torch.compiler.is_compiling() and not _worth(x, self._outputs(x, twice, batched), raw):
+            return None
+        batch = x if batched else x.unsqueeze(0)
         padding = tuple(reversed(twice[::2]))
         if self.padding_mode != "zeros" or twice[::2] != twice[1::2]:
             padding = (0,) * axes
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batch = nn.functional.pad(batch, twice, mode=mode)
-        outputs = batch.shape[0] * self.out_channels
-        for i, n in enumerate(batch.shape[2:]):
-            reach = self.dilation[i] * (raw.shape[i + 2] - 1)
-            outputs *= max((n + 2 * padding[i] - reach - 1) // self.stride[i] + 1, 0)
-        if not _worth(x, outputs, raw):
-            return None
         y = _apply(self, batch, dtype, False, (self.stride, padding, self.dilation, self.groups))
-        return y if y is None or x.ndim == axes + 2 else y.squeeze(0)
+        return y if y is None or batched else y.squeeze(0)
+
+    def _outputs(self: Any, x: Tensor, twice: Sequence[int], batched: bool) -> int:
+        """How many elements the output has."""
+        count, axes = self.out_channels * (x.shape[0] if batched else 1), len(self.kernel_size)
+        for i, n in enumerate(x.shape[-axes:]):
+            padded = n + twice[-2 * i - 1] + twice[-2 * i - 2]
+            reach = self.dilation[i] * (self.kernel_size[i] - 1)
+            count *= max((padded - reach - 1) // self.stride[i] + 1, 0)
+        return count
 
 
 def _like(plain: type) -> str:

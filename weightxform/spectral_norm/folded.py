@@ -10,9 +10,9 @@ With W the raw weight, s, s' and c as in ``reference.py``, g the gain, x the inp
 
 The inner product needs no pass over the weight, because the layer is bilinear: <G, W> = <dy, x * W> = <dx_raw, x>, with
 dx_raw = dy * W', which is computed anyway. (Not from y, which plain layers do not save and which an activation may
-overwrite.) Where x takes no gradient, or has more elements than W, it is <G, W> itself. The rank-one term rides on the
-product that makes G, as one more row of its operands, if those are smaller than W; else it is added to G, in one pass.
-g is never divided by: it may be 0.
+overwrite.) Where x takes no gradient, or has more elements than W, G goes through the op of the unfolded form.
+The rank-one term rides on the product that makes G, as one more row of its operands, if those are smaller than W; else
+it is added to G, in one pass. g is never divided by: it may be 0.
 
 In numbers, for matrix products in float32 and float64 on the CPU, s goes into the product (``alpha``), and no pass is
 added anywhere. Elsewhere s is a tensor (reading it would wait for the GPU) and scales y and dy.
@@ -29,6 +29,7 @@ from torch import Tensor
 from ..autograd import dense, guard, joined, through_ops, variant
 from . import reference
 from .function import _differentiable_backward
+from .op import spectral_norm_bwd
 
 
 class Plan(NamedTuple):
@@ -77,8 +78,8 @@ def _factors(state: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _times(x: Tensor, k: Tensor) -> Tensor:
-    """k x in the dtype of x, rounded once."""
-    return (x * k).to(x.dtype)
+    """k x in the dtype of x; rounded once, as :meth:`Tensor.mul_` by a factor of a wider dtype does."""
+    return x * k if x.dtype == k.dtype else x.clone().mul_(k)
 
 
 def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +103,7 @@ def _raw_product(x: Tensor, w: Tensor, plan: Plan) -> Tensor:
 
 def _raw_gradients(
     dy: Tensor, x: Tensor | None, shape: torch.Size, w: Tensor, plan: Plan, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Any, Any]:
     """(dy * W', G), those of them that are needed; ``shape``: of x, which is ``None`` where it was not kept."""
     if plan.conv is None:
         return dy @ w if needs[0] else None, dy.t() @ x if needs[1] else None  # type: ignore[operator]
@@ -125,6 +126,19 @@ def _rides(x: Tensor, w: Tensor) -> bool:
     return x.shape[0] * (w.shape[0] + w.shape[1]) < w.shape[0] * w.shape[1]
 
 
+def _by_activations(x: Any, w: Tensor, needs: tuple[bool, bool, bool]) -> bool:
+    """Whether <G, W> is needed, and <dx, x> gives it at less cost."""
+    needs_x, needs_w, needs_gain = needs
+    return needs_x and (needs_w or needs_gain) and (not needs_w or x.numel() <= w.numel())
+
+
+def _by_weight(dout: Tensor, weight: Tensor, gain: Tensor | None, state: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(dW, dgain) from G, as in the unfolded form."""
+    if gain is None and plan.gain != 1:
+        gain = state.new_full((), plan.gain)
+    return spectral_norm_bwd(dout, weight, state, gain, plan.dim, plan.bound)
+
+
 def _with_row(x: Tensor, row: Tensor) -> Tensor:
     return torch.cat([x, row.unsqueeze(0)])
 
@@ -139,28 +153,28 @@ def _product_by_numbers(x: Tensor, w: Tensor, bias: Tensor | None, k: float) -> 
 
 
 def _backward_by_numbers(
-    dy: Tensor, x: Tensor | None, w: Tensor, state: Tensor, plan: Plan, n: Numbers, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Any, w: Tensor, gain: Tensor | None, state: Tensor, plan: Plan, n: Numbers,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     needs_x, needs_w, needs_gain = needs
     nothing = dy.new_empty(())
-    dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.s) if needs_x else None
-    dw = r = None
-    if needs_w or needs_gain:
-        assert x is not None
-        u, v, _ = state.split([*reference.matrix_shape(w, plan.dim), 1])
-        left, right = (u, v) if plan.dim == 0 else (v, u)
-        by_x = dx is not None and (x.numel() <= w.numel() or not needs_w)
-        rides = by_x and _rides(x, w)
-        if not (by_x and (rides or not needs_w)):
-            dw = torch.addmm(nothing, dy.t(), x, beta=0, alpha=n.s)
-        r = _inner_rows(dx, x) if by_x else _inner_rows(dw, w)  # type: ignore[arg-type]
-        if rides and needs_w:
-            row = right * (r * (-n.pull / n.s))
-            dw = torch.addmm(nothing, _with_row(dy, left).t(), _with_row(x, row), beta=0, alpha=n.gain * n.s)
-        elif needs_w:
-            dw = dw.addr_(left, right * (r * (-n.gain * n.pull)), beta=n.gain)  # type: ignore[union-attr]
-    if dx is not None and n.gain != 1:
+    if not _by_activations(x, w, needs):
+        dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.gain * n.s) if needs_x else None
+        return dx, *(_by_weight(dy.t() @ x, w, gain, state, plan) if needs_w or needs_gain else (None, None))
+    dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.s)
+    r = _inner_rows(dx, x)
+    if n.gain != 1:
         dx.mul_(n.gain)
+    if not needs_w:
+        return dx, None, r
+    u, v, _ = state.split([*reference.matrix_shape(w, plan.dim), 1])
+    left, right = (u, v) if plan.dim == 0 else (v, u)
+    if _rides(x, w):
+        row = right * (r * (-n.pull / n.s))
+        dw = torch.addmm(nothing, _with_row(dy, left).t(), _with_row(x, row), beta=0, alpha=n.gain * n.s)
+    else:
+        dw = torch.addmm(nothing, dy.t(), x, beta=0, alpha=n.gain * n.s)
+        dw.addr_(left, right * (r * (-n.gain * n.pull)))
     return dx, dw, r
 
 
@@ -175,43 +189,46 @@ def _product(x: Tensor, w: Tensor, bias: Tensor | None, gain: Tensor | None, sta
         k = k * plan.gain
     y = _raw_product(x, w, plan)
     if bias is None:
-        return _times(y, k)
+        return y.mul_(k)
     if plan.conv is not None:
         bias = bias.view(-1, *(1,) * len(plan.conv[0]))
-    return torch.addcmul(bias, y, k).to(y.dtype)
+    if torch.compiler.is_compiling():
+        return torch.addcmul(bias, y, k).to(y.dtype)
+    return torch.addcmul(bias, y, k, out=y)
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, shape: torch.Size, weight: Tensor, w: Tensor, gain: Tensor | None, state: Tensor,
-    plan: Plan, needs: tuple[bool, bool, bool],
+    dy: Tensor, x: Any, shape: torch.Size, weight: Tensor, w: Tensor, gain: Tensor | None, state: Tensor, plan: Plan,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``w``: the weight in the dtype of the layer, ``weight``: in its own."""
     needs_x, needs_w, needs_gain = needs
     s, pull = _factors(state, plan.bound)
+    learned = None if gain is None else gain.to(s.dtype).reshape(1)
+    if not _by_activations(x, w, needs):
+        learns = needs_w or needs_gain
+        dx, dout = _raw_gradients(dy, x, shape, w, plan, (needs_x, learns))
+        if dx is not None:
+            dx.mul_(s * (plan.gain if learned is None else learned))
+        return dx, *(_by_weight(dout, weight, gain, state, plan) if learns else (None, None))
     dy = _times(dy, s if plan.gain == 1 else s * plan.gain)
-    if not (needs_w or needs_gain):
-        dx, _ = _raw_gradients(dy, x, shape, w, plan, (needs_x, False))
-        return dx if gain is None or dx is None else _times(dx, gain.to(s.dtype)), None, None
-    assert x is not None
-    u, v, _ = state.split([*reference.matrix_shape(weight, plan.dim), 1])
-    by_x = needs_x and (x.numel() <= w.numel() or not needs_w)
-    rides = by_x and needs_w and gain is None and plan.conv is None and x.dtype == s.dtype and _rides(x, w)
-    needs_product = (needs_w and not rides) or not by_x
-    dx, dw = _raw_gradients(dy, x, shape, w, plan, (needs_x, needs_product))
-    r = _inner(dx, x, s.dtype) if by_x else _inner(dw, w, s.dtype)  # type: ignore[arg-type]
-    u = u * (-pull * r)
-    if rides:
-        left, right = (u, v) if plan.dim == 0 else (v, u)
-        return dx, _with_row(dy, left).t() @ _with_row(x, right), None
+    rides = gain is None and plan.conv is None and dy.dtype == s.dtype and _rides(x, w)
+    dx, dw = _raw_gradients(dy, x, shape, w, plan, (True, needs_w and not rides))
+    r = _inner(dx, x, s.dtype)
+    if learned is not None:
+        dx.mul_(learned)
     if needs_w:
-        assert dw is not None
-        dw = torch.addcmul(dw, _along(u, plan.dim, weight, plan.dim), _along(v, None, weight, plan.dim))
-        if gain is not None:
-            dw = dw * gain.to(s.dtype)
-        dw = dw.to(weight.dtype)
-    if dx is not None and gain is not None:
-        dx = _times(dx, gain.to(s.dtype))
-    return dx, dw if needs_w else None, r.reshape(()) if needs_gain else None
+        u, v, _ = state.split([*reference.matrix_shape(weight, plan.dim), 1])
+        u = u * (-pull * r)
+        if rides:
+            left, right = (u, v) if plan.dim == 0 else (v, u)
+            dw = _with_row(dy, left).t() @ _with_row(x, right)
+        else:
+            u, v = _along(u, plan.dim, weight, plan.dim), _along(v, None, weight, plan.dim)
+            same = dw.dtype == weight.dtype and (learned is None or dw.dtype == s.dtype)
+            dw = dw.addcmul_(u, v) if same else torch.addcmul(dw, u, v)
+            dw = (dw if learned is None else dw.mul_(learned)).to(weight.dtype)
+    return dx, dw, r.reshape(())
 
 
 def _differentiable(
@@ -267,7 +284,7 @@ class FoldedFunction(torch.autograd.Function):
         if not through_ops():
             dx, dw, dgain = _differentiable(dy, x, ctx.shape, weight, gain, state, plan, needs)
         elif ctx.numbers is not None:
-            dx, dw, dgain = _backward_by_numbers(dy, x, weight, state, plan, ctx.numbers, needs)
+            dx, dw, dgain = _backward_by_numbers(dy, x, weight, gain, state, plan, ctx.numbers, needs)
         else:
             w = weight if ctx.w is None else ctx.w
             dx, dw, dgain = _backward(dy, x, ctx.shape, weight, w, gain, state, plan, needs)
