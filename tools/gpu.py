@@ -93,6 +93,8 @@ class Run:
         self.lock = threading.Lock()
         self.stopped = False
         out.mkdir(parents=True, exist_ok=True)
+        for old in (*out.glob("*.log"), *out.glob("bench*.json")):  # of an earlier run
+            old.unlink()
 
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.start)
