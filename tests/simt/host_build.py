@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
+import platform
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
@@ -25,8 +28,11 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "simt"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}  # of simt_order()
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
+# The race check of g++ 12 knows no address space with as much randomness as newer kernels give.
+FIXED_ADDRESSES = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = "-fsanitize=thread"
+SMALL = (RACES, "-DWX_SN_THREADS=64", "-DWX_SN_TILE_BYTES=4096")  # it keeps about 200 threads apart
 
 _library = torch.library.Library("weightxform_simt", "FRAGMENT")
 
@@ -83,6 +89,47 @@ def compile_for_host(*flags: str) -> Path:
     return build("ops.so", sorted(ROOT.glob("csrc/*/cuda*.cu")), link, *includes, *flags)
 
 
+def build_program(name: str, *flags: str) -> Path:
+    """A program of this folder: NAME.cu."""
+    # clang's runtime in the program itself would lie between the __shared__ variables, see fiber.h
+    return build(name, [HERE / f"{name}.cu"], ["-shared-libsan"] if is_clang() else [], *flags)
+
+
+def is_clang() -> bool:
+    return "clang" in subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def environment(*preload: str, **options: str) -> dict[str, str]:
+    """What a sanitized library needs in a program that is not: the sanitizer's runtime before everything else."""
+
+    def path(name: str) -> str:
+        command = [*compiler(), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    return {**os.environ, "LD_PRELOAD": " ".join(map(path, preload)), "OMP_NUM_THREADS": "1", **options}
+
+
+def sanitized(flags: tuple[str, ...], what: str, *arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
+    """Compiles the kernels with ``flags`` and runs ``sanitized.py what LIBRARY arguments``, see there."""
+    sanitizer = "tsan" if RACES in flags else "asan"
+    runtime = f"libclang_rt.{sanitizer}-{platform.machine()}.so" if is_clang() else f"lib{sanitizer}.so"
+    command = [*FIXED_ADDRESSES, sys.executable, str(HERE / "sanitized.py"), what, str(compile_for_host(*flags))]
+    # CPython and torch keep what they allocate at import.
+    env = environment(runtime, "libstdc++.so.6", **{"ASAN_OPTIONS": "detect_leaks=0", **options})
+    return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
+
+
+def missing_barriers(*flags: str) -> dict[str, tuple[str, bool]]:
+    """For every barrier of the kernels, "file:line": its kind, and whether the race check reports its absence."""
+    with tempfile.TemporaryDirectory() as folder:
+        every = "suppress_equal_stacks=0 suppress_equal_addresses=0 symbolize=0"
+        options = f"log_path={folder}/log exitcode=0 {every}"
+        done = sanitized(flags, "barriers", f"{folder}/log", TSAN_OPTIONS=options)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr + "".join(p.read_text() for p in Path(folder).glob("*")))
+    return json.loads(done.stdout)
+
+
 class HostGPU:
     """The loaded library: ``gpu[name]`` is an op, ``gpu.order(...)`` sets the order of threads and blocks."""
 
@@ -103,7 +150,7 @@ class HostGPU:
         self.library.simt_device(sms, shared_bytes, int(cooperative))
 
     def barriers(self) -> dict[str, str]:
-        """The barriers that kernels reached until now, as ``file:line``, and their kinds."""
+        """The barriers that kernels reached since :meth:`drop`, as ``file:line``, and their kinds."""
         self.library.simt_barriers.restype = ctypes.c_char_p
         lines = self.library.simt_barriers().decode().splitlines()
         return dict(line.rsplit(" ", 1) for line in lines)

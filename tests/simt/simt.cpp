@@ -395,4 +395,5 @@ SIMT_EXPORT const char* simt_barriers() {
 SIMT_EXPORT void simt_drop(const char* place) {
   simt::dropped = place ? place : "";
   simt::known.clear();
+  simt::barriers.clear();
 }

@@ -107,7 +107,7 @@ T shuffle(unsigned mask, T value, const char* what, const F& source) {
 extern "C" void simt_order(int order);
 // The device that the queries below describe: 4 SMs, 64 KiB and cooperative launches unless told otherwise.
 extern "C" void simt_device(int sms, int shared_bytes, int cooperative);
-// Every barrier reached until now, one "file:line kind" a line; the text is valid until the next call.
+// Every barrier reached since simt_drop(), one "file:line kind" a line; the text is valid until the next call.
 extern "C" const char* simt_barriers();
 // Makes the barrier at this place, "file:line", do nothing; a grid sync becomes __syncthreads. nullptr: none.
 extern "C" void simt_drop(const char* place);

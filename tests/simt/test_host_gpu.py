@@ -1,13 +1,11 @@
 """The CUDA kernels, and the C++ around them, without a GPU: see host_build.py."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from host_build import HERE, MEMORY, ORDERS, HostGPU, build, compile_for_host, compiler, cuda_ops
+from host_build import MEMORY, ORDERS, HostGPU, build_program, compile_for_host, cuda_ops, sanitized
 
 from weightxform.registry import OPS
 from weightxform.spectral_norm import reference
@@ -94,29 +92,15 @@ def test_arguments_that_would_read_out_of_bounds_are_refused(gpu, change, messag
         gpu["spectral_norm_fwd"](*args)
 
 
-def _environment() -> dict[str, str]:
-    libraries = [
-        subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return {
-        **os.environ,
-        "LD_PRELOAD": " ".join(p.strip() for p in libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # CPython and torch keep what they allocate at import
-    }
-
-
 def test_every_case_under_address_and_undefined_behaviour_sanitizers():
-    library = compile_for_host(*MEMORY)
-    command = [sys.executable, str(HERE / "sanitized.py"), str(library), "bfloat16"]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    done = sanitized(MEMORY, "cases", "bfloat16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cases passed" in done.stdout
 
 
 @pytest.fixture(scope="session")
 def faults() -> Path:
-    return build("faults", [HERE / "faults.cu"], [], *MEMORY)
+    return build_program("faults", *MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +108,31 @@ def faults() -> Path:
     [
         ("divergent", "a barrier or shuffle that some thread does not reach"),
         ("part_of_a_warp", "a barrier or shuffle that some thread does not reach"),
+        ("two_barriers", "threads are at different barriers"),
+        ("not_in_the_mask", "a shuffle reads from a lane that is not in its mask"),
+        ("part_of_a_block", "a grid sync that some thread of the block does not reach"),
+        ("part_of_the_grid", "a grid sync that some block does not reach"),
+        ("not_cooperative", "a grid sync in a launch that is not cooperative"),
+        ("too_many_blocks", "a cooperative launch of 5 blocks where 4 are resident together"),
+        ("too_much_shared_memory", "65537 bytes of shared memory of 65536"),
+        ("no_blocks", "a grid must have at least one block"),
         ("past_the_end", "heap-buffer-overflow"),
+        ("past_the_shared_memory", "heap-buffer-overflow"),
     ],
 )
 def test_planted_faults_are_reported(faults, fault, report):
-    done = subprocess.run([faults, fault], capture_output=True, text=True)
+    done = subprocess.run([faults, fault], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert report in done.stderr
 
 
-def test_a_missing_barrier_shows_in_another_order(faults):
-    assert subprocess.run([faults, "order_matters"]).returncode == 3
+@pytest.mark.parametrize("fault", ["missing_barrier", "missing_grid_sync", "never_written"])
+def test_planted_faults_that_show_in_the_results(faults, fault):
+    """In another order of threads or blocks, or as NaN in exactly those elements that nobody wrote."""
+    done = subprocess.run([faults, fault], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+
+
+def test_correct_kernels_are_not_reported(faults):
+    done = subprocess.run([faults, "correct"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
