@@ -64,6 +64,7 @@ def load_kernels() -> None:
     else:
         status["_C"] = f"loaded, built with {importlib.import_module('weightxform._C').build}"
     status["_cuda"] = _load_cuda()
+    status["triton"] = _load_triton()
 
 
 def _load_cuda() -> str:
@@ -84,6 +85,7 @@ def _load_cuda() -> str:
     if reason is None:
         return f"loaded, {kernels}"
     status["_cuda"] = f"loaded, not used: {reason}"
+    status["triton"] = _load_triton()  # the next backend
     _retire(reason, triton=True, stacklevel=5)
     return status["_cuda"]
 
@@ -96,6 +98,27 @@ def open_library() -> Kernels:
     archs = library.weightxform_cuda_archs().decode().split(",")
     capabilities = tuple(divmod(int(arch) // 10, 10) for arch in archs)
     return Kernels(library.weightxform_cuda_runtime(), capabilities, library.weightxform_cuda_probe)
+
+
+def _load_triton() -> str:
+    """Register the Triton kernels, after those of ``_cuda``, where they can run: beside a GPU, or in the interpreter.
+
+    Triton itself takes long to import; the first call of a kernel does that.
+    """
+    if "triton" in status:
+        return status["triton"]
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        found = "registered, in its interpreter"
+    elif torch.version.hip is None and (torch.version.cuda is None or driver_version() is None):
+        why = "this torch has no CUDA" if torch.version.cuda is None else "no NVIDIA driver"
+        return f"not registered: {why}; TRITON_INTERPRET=1, set before weightxform is imported, runs it on CPU tensors"
+    else:
+        found = "registered, imported by its first call"
+    for file in sorted(Path(__file__).parent.glob("*/triton_launch.py")):
+        importlib.import_module(f"{__package__}.{file.parent.name}.triton_launch").register()
+    return found
 
 
 def driver_version() -> int | None:

@@ -88,6 +88,10 @@ def check(name: str) -> str:
 
 
 def _why(name: str) -> str:
+    from ._load import status
+
+    if name == "triton" and status["triton"].startswith("not"):
+        return f" ({status['triton']})"
     return f" ({retired})" if name == "cuda" and retired else ""
 
 
