@@ -188,12 +188,20 @@ def test_a_group_of_folded_layers(backend, warm):
         update(folded), update(plain)
 
 
-def test_a_checkpoint_inside_compile_advances_once_or_raises():
+def test_a_checkpoint_inside_compile_advances_once():
     folded, plain = pair("rides")
     x = input_for("rides")
     compiled = torch.compile(lambda x: checkpoint(folded, x, use_reentrant=False), backend="aot_eager")
     assert_close(step(folded, x, call=compiled), step(plain, x))
     assert_close(dict(folded.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_a_checkpoint_in_a_full_graph_is_refused():
+    """As for every computed weight in training: its recomputation would begin from the state after the step."""
+    folded = linear()
+    compiled = torch.compile(lambda x: checkpoint(folded, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        compiled(input_for("rides").requires_grad_())
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])

@@ -97,7 +97,8 @@ def _folding_dtype(layer: Any, x: Tensor) -> torch.dtype | None:
     transform = layer._modules[_CHILD]
     dtype = transform._out_dtype(raw) or raw.dtype
     fits = x.dtype == dtype or (dtype != raw.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16))
-    fits = fits and (layer.bias is None or layer.bias.dtype == raw.dtype)
+    bias = layer._parameters.get("bias")
+    fits = fits and (bias is None or bias.dtype == raw.dtype)
     return dtype if fits and dtype in _DTYPES and raw.numel() and x.device == raw.device else None
 
 
