@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._torch import in_backward
 from .kept import Kept
-from .slot import Job, Slot, is_folded, repetition, together, values_of
+from .slot import Job, Place, Slot, in_its_context, is_folded, repetition, together, values_of
 from .swap import child_name, slots_of
 from .transform import Repeat, Transform
 
@@ -124,17 +124,16 @@ class Bucket:
                 kept, jobs, slots, [j.place for j in jobs], parameters, repetition(jobs, self.group.accumulates)
             )
 
-    def again(self, slot: Slot, folded: bool) -> Tensor | None:
-        """The value of ``slot``, computed with those with which it was computed the last time.
+    def again(self, slot: Slot, place: Place) -> Tensor | None:
+        """The value of ``slot`` at ``place``, computed with those with which it was computed the last time.
 
         ``None`` where more has happened since than that all their raw tensors were written. This is the usual case,
         after an optimizer's step, and it is seen and served at a fraction of the cost of :meth:`jobs`.
         """
-        last = self.last.get(folded)
+        last = self.last.get(place is slot.state)
         if last is None:
             return None
         kept, jobs, slots, places, parameters, repeat = last
-        place = slot.state if folded else slot.weight
         if (
             place.kept is not kept
             or not all([p.kept is kept for p in places])
@@ -147,10 +146,10 @@ class Bucket:
         if stamps is None:
             return None
         kept.drop_all()
-        kept.keep(values_of(jobs, repeat and partial(repeat, stamps)), stamps)
+        kept.keep(values_of(jobs) if repeat is None else in_its_context(partial(repeat, stamps)), stamps)
         if jobs[0].advance:
-            for s, raw, version, steps, ptr in zip(slots, kept.raws, kept.versions, kept.steps, kept.ptrs, strict=True):
-                s.advanced = id(raw), (version, steps), ptr, s.forwards
+            for row, s in enumerate(slots):
+                s.advanced_with(kept, row)
         return kept.values[place.row]
 
     def jobs(self, first: Job) -> list[Job]:
@@ -220,7 +219,7 @@ class _Last(NamedTuple):
     kept: Kept
     jobs: list[Job]
     slots: list[Slot]
-    places: list[Any]
+    places: list[Place]
     parameters: list[dict]
     repeat: Repeat | None
 

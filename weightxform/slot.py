@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -236,16 +237,36 @@ class Slot:
         self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool = False
     ) -> Tensor:
         self._notice_fsdp(module, raw)
-        if self.bucket is None:
-            return compute([self.job(module, name, raw, transform, folded)])[0]
-        again = self.bucket.again(self, folded)
+        place = self.state if folded else self.weight
+        again = self._again(place, raw, transform) if self.bucket is None else self.bucket.again(self, place)
         if again is not None:
             return again
+        if self.bucket is None:
+            return compute([self.job(module, name, raw, transform, folded)])[0]
         job = self.job(module, name, raw, transform, folded)
         jobs = self.bucket.jobs(job) if job.keeps else [job]
         value = compute(jobs)[jobs.index(job)]
         self.bucket.remember(jobs)
         return value
+
+    def _again(self, place: Place, raw: Tensor | None, transform: nn.Module) -> Tensor | None:
+        """The weight as it was computed the last time, if nothing but the value of raw changed; else ``None``."""
+        kept = place.kept
+        if kept is None or kept.repeat is None or raw is not kept.raws[0] or transform is not kept.transforms[0]:
+            return None
+        if self.pending is not None or self.compiled is not None or in_backward():
+            return None
+        stamps = kept.only_raws_written()
+        if stamps is None:
+            return None
+        kept.drop_all()
+        kept.keep(in_its_context(partial(kept.repeat, stamps)), stamps)
+        self.advanced_with(kept, 0)
+        return kept.values[0]
+
+    def advanced_with(self, kept: Kept, row: int) -> None:
+        """The state took its step for the value of the raw tensor that is in ``kept``."""
+        self.advanced = id(kept.raws[row]), (kept.versions[row], kept.steps[row]), kept.ptrs[row], self.forwards
 
     def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool) -> Job:
         stamp = None if raw is None else (id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards)
@@ -345,20 +366,23 @@ def compute(jobs: Sequence[Job]) -> list[Tensor]:
         for row, i in enumerate(which):
             place = jobs[i].place
             place.kept, place.row = kept, row
+        if len(jobs) == 1 and jobs[0].advance and jobs[0].keeps:
+            kept.repeat = repetition(jobs, False)
     return values
 
 
-def values_of(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]] | None = None) -> list[Tensor]:
-    """``repeat``: the :func:`repetition` of the jobs."""
-    if jobs[0].folded:
-        return together(jobs)
+def values_of(jobs: Sequence[Job]) -> list[Tensor]:
+    return together(jobs) if jobs[0].folded else in_its_context(partial(_with_lasting_graphs, jobs))
+
+
+def in_its_context(compute: Callable[[], list[Tensor]]) -> list[Tensor]:
     with torch.enable_grad():  # whatever the grad mode: one value serves reads under no_grad and others
         if saved_tensor_hooks_active():
             # Hidden from an enclosing activation checkpoint: it counts the tensors that are saved, and in its
             # recomputation the weight is a cache hit.
             with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                return _with_lasting_graphs(jobs, repeat)
-        return _with_lasting_graphs(jobs, repeat)
+                return compute()
+        return compute()
 
 
 def _same(x: Any) -> Any:
@@ -382,8 +406,8 @@ def _prepare(job: Job) -> None:
     place.empty()  # its memory may serve the new one
 
 
-def _with_lasting_graphs(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]] | None) -> list[Tensor]:
-    outs = together(jobs) if repeat is None else repeat()
+def _with_lasting_graphs(jobs: Sequence[Job]) -> list[Tensor]:
+    outs = together(jobs)
     for i, job in enumerate(jobs):
         if not isinstance(outs[i], Tensor):
             kind, got = type(job.transform).__name__, type(outs[i]).__name__
@@ -395,11 +419,11 @@ def _with_lasting_graphs(jobs: Sequence[Job], repeat: Callable[[], list[Tensor]]
 
 def repetition(jobs: Sequence[Job], accumulates: bool) -> Repeat | None:
     """What computes ``jobs`` again; ``None``: nothing does better than :func:`together`."""
-    if jobs[0].folded:
+    transforms = [j.transform for j in jobs]
+    if jobs[0].folded or not isinstance(transforms[0], Transform):
         return None
-    cls: Any = type(jobs[0].transform)
-    advance = [j.advance for j in jobs]
-    return cls.repeat_group([j.transform for j in jobs], [j.raw for j in jobs], advance, accumulates)
+    cls: Any = type(transforms[0])
+    return cls.repeat_group(transforms, [j.raw for j in jobs], [j.advance for j in jobs], accumulates)
 
 
 def together(jobs: Sequence[Job]) -> list[Tensor]:

@@ -333,6 +333,8 @@ class SpectralNorm(Transform):
         first = transforms[0]
         if not all(a and t.n_power_iterations for t, a in zip(transforms, advance, strict=True)):
             return None  # without an iteration u and v are read as copies
+        if any(t.group_key(r) is None for t, r in zip(transforms, raws, strict=True)):
+            return None  # a vector, or a convolution's operator: no list op
         us, vs, dims, n_iters = members(transforms, raws, advance)
         gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
         v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
