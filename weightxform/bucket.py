@@ -146,7 +146,8 @@ class Bucket:
         if stamps is None:
             return None
         kept.drop_all()
-        kept.keep(values_of(jobs) if repeat is None else in_its_context(partial(repeat, stamps)), stamps)
+        values = None if repeat is None else in_its_context(partial(repeat, stamps))
+        kept.keep(values_of(jobs) if values is None else values, stamps)
         if jobs[0].advance:
             for row, s in enumerate(slots):
                 s.advanced_with(kept, row)

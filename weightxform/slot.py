@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -260,7 +260,10 @@ class Slot:
         if stamps is None:
             return None
         kept.drop_all()
-        kept.keep(in_its_context(partial(kept.repeat, stamps)), stamps)
+        values = in_its_context(partial(kept.repeat, stamps))
+        if values is None:
+            return None
+        kept.keep(values, stamps)
         self.advanced_with(kept, 0)
         return kept.values[0]
 
@@ -375,7 +378,10 @@ def values_of(jobs: Sequence[Job]) -> list[Tensor]:
     return together(jobs) if jobs[0].folded else in_its_context(partial(_with_lasting_graphs, jobs))
 
 
-def in_its_context(compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+_T = TypeVar("_T")
+
+
+def in_its_context(compute: Callable[[], _T]) -> _T:
     with torch.enable_grad():  # whatever the grad mode: one value serves reads under no_grad and others
         if saved_tensor_hooks_active():
             # Hidden from an enclosing activation checkpoint: it counts the tensors that are saved, and in its
