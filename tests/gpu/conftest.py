@@ -5,7 +5,15 @@ WEIGHTXFORM_TEST_DEVICE=cpu pytest tests/gpu
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if os.environ.get("WEIGHTXFORM_TEST_DEVICE") == "cuda" and not torch.cuda.is_available():
+        pytest.exit("WEIGHTXFORM_TEST_DEVICE=cuda: torch sees no GPU", returncode=1)  # and not: all skipped, passed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,9 +19,10 @@ def rows_for(elements: int, tensors: int) -> int:
     """Rows of a bfloat16 weight of just over so many elements; fewer where ``tensors`` of its size do not fit."""
     if DEVICE.type == "cpu":
         return 3 * CHUNK // 2
+    torch.cuda.empty_cache()  # of the test before
     free, _ = torch.cuda.mem_get_info()
-    fit = int(0.8 * free) // (2 * tensors * COLUMNS) - 4 * CHUNK
-    return min(elements // COLUMNS + 5, fit)
+    fit = int(0.8 * free) // (2 * tensors * COLUMNS) - 8 * CHUNK  # pieces in float64 besides
+    return min(elements // COLUMNS + 5, max(fit, CHUNK))
 
 
 def fill(rows: int, seed: int) -> Tensor:
