@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import in_backward
+from .jobs import Job, Place, in_its_context, repetition, together, values_of
 from .kept import Kept
-from .slot import Job, Place, Slot, in_its_context, is_folded, repetition, together, values_of
+from .slot import Slot, is_folded
 from .swap import child_name, slots_of
 from .transform import Repeat, Transform
 
