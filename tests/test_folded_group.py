@@ -47,7 +47,9 @@ def calls(monkeypatch) -> list[int]:
 X = randn(2, 3, 6, 6)
 
 
-@pytest.mark.parametrize("options", [{}, {"gain": 0.6, "learn_gain": True, "bound": 0.3}, {"bucket_bytes": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gain": 0.6, "learn_gain": True, "bound": 0.3}, {"bucket_bytes": 1}, {"accumulate_grad": True}]
+)
 def test_training_is_that_of_the_unfolded_model(options, folds):
     folded, plain = model(True, **options), model(False, **options)
     assert [isinstance(m, tuple(LAYERS.values())) for m in folded] == [i in (0, *FOLDED) for i in range(8)]
