@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import in_backward
-from .jobs import Job, Place, in_its_context, repetition, together, values_of
-from .kept import Kept
+from .jobs import Job, Last, Place, in_its_context, repetition, together, values_of
 from .slot import Slot, is_folded
 from .swap import child_name, slots_of
-from .transform import Repeat, Transform
+from .transform import Transform
 
 
 class Group:
@@ -94,13 +93,9 @@ class Bucket:
         self.group = group
         self.members = members
         self.values: dict[bool, list[Tensor | None]] = {}  # by Job.folded, while a compiled forward is traced
-        self.forget()
-
-    def forget(self) -> None:
-        self.last: dict[bool, _Last] = {}  # by Job.folded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "values": {}, "last": {}}
+        return {**self.__dict__, "values": {}}
 
     def link(self) -> bool:
         complete = True
@@ -114,30 +109,30 @@ class Bucket:
 
     def remember(self, jobs: list[Job]) -> None:
         """``jobs`` were computed together: the next time will probably be for the same reason."""
-        self.last.pop(jobs[0].folded, None)
         kept = jobs[0].place.kept
         if len(jobs) == 1 or kept is None or len(kept.raws) != len(jobs) or not all(j.keeps for j in jobs):
             return
         if all(j.advance == j.transform.training for j in jobs):
-            slots = [j.slot for j in jobs]
-            parameters = [j.module._parameters for j in jobs]
-            self.last[jobs[0].folded] = _Last(
-                kept, jobs, slots, [j.place for j in jobs], parameters, repetition(jobs, self.group.accumulates)
+            kept.last = Last(
+                jobs,
+                [j.slot for j in jobs],
+                [j.place for j in jobs],
+                [j.module._parameters for j in jobs],
+                repetition(jobs, self.group.accumulates),
             )
 
-    def again(self, slot: Slot, place: Place) -> Tensor | None:
-        """The value of ``slot`` at ``place``, computed with those with which it was computed the last time.
+    def again(self, place: Place) -> Tensor | None:
+        """The value at ``place``, computed with those with which it was computed the last time.
 
         ``None`` where more has happened since than that all their raw tensors were written. This is the usual case,
         after an optimizer's step, and it is seen and served at a fraction of the cost of :meth:`jobs`.
         """
-        last = self.last.get(place is slot.state)
-        if last is None:
+        kept = place.kept
+        if kept is None or kept.last is None:
             return None
-        kept, jobs, slots, places, parameters, repeat = last
+        jobs, slots, places, parameters, repeat = kept.last
         if (
-            place.kept is not kept
-            or not all([p.kept is kept for p in places])
+            not all([p.kept is kept for p in places])
             or not all(map(is_, [p.get(j.name) for p, j in zip(parameters, jobs, strict=True)], kept.raws))
             or any([s.compiled is not None or s.pending is not None for s in slots])
             or (jobs[0].advance and in_backward())
@@ -213,17 +208,6 @@ class Bucket:
             for i, value in zip(part.where, together(part.jobs), strict=True):
                 values[i] = value
         return values
-
-
-class _Last(NamedTuple):
-    """The last computation in which several took part."""
-
-    kept: Kept
-    jobs: list[Job]
-    slots: list[Slot]
-    places: list[Place]
-    parameters: list[dict]
-    repeat: Repeat | None
 
 
 class _Part(NamedTuple):

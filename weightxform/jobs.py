@@ -62,6 +62,16 @@ class Job(NamedTuple):
         return self.slot.state if self.folded else self.slot.weight
 
 
+class Last(NamedTuple):
+    """A computation in which several took part, in columns."""
+
+    jobs: list[Job]
+    slots: list[Slot]
+    places: list[Place]
+    parameters: list[dict]
+    repeat: Repeat | None
+
+
 def compute(jobs: Sequence[Job]) -> list[Tensor]:
     """Compute the weights (several of one groupable class in one call) and put them in their slots."""
     for job in jobs:

@@ -24,7 +24,7 @@ from .evaluate import keeps_graph
 from .transform import Repeat, Transform
 
 if TYPE_CHECKING:
-    from .slot import Job
+    from .jobs import Job, Last
 
 Reader = Callable[[], Iterable[Tensor]]  # lists the tensors, besides raw, that a weight depends on
 
@@ -44,18 +44,21 @@ class Kept:
         values: ``None`` for a row that has none now: it is computed again, or was, elsewhere.
         complete: no value is missing.
         served: whether the value may be served again.
-        repeat: computes the values again; for one row, a group has it in its bucket.
+        repeat: computes the value of a single row again.
+        last: what a bucket needs to compute several rows again.
     """
 
     __slots__ = (
-        "autocast", "complete", "configured", "dtypes", "guarded", "inference", "kind", "learned", "learned_steps",
-        "plain", "ptrs", "raws", "readers", "repeat", "requires", "served", "starts", "state_versions", "states",
-        "steps", "tracked", "training", "transforms", "value_ptrs", "value_versions", "values", "versions",
+        "autocast", "complete", "configured", "dtypes", "guarded", "inference", "kind", "last", "learned",
+        "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served", "starts",
+        "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs", "value_versions",
+        "values", "versions",
     )  # fmt: skip
 
     def __init__(self, jobs: Sequence[Job], values: Sequence[Tensor], kind: str, readers: Sequence[Reader]) -> None:
         self.kind = kind
         self.repeat: Repeat | None = None
+        self.last: Last | None = None
         self.raws: list[Any] = [j.raw for j in jobs]
         self.transforms = [j.transform for j in jobs]
         self.served = [j.keeps for j in jobs]
@@ -142,7 +145,7 @@ class Kept:
 
     def drop(self, row: int) -> None:
         """Forget a value, whose memory may serve the next one, and its raw tensor (``swap_tensors`` wants that)."""
-        self.values[row] = self.raws[row] = self.repeat = None
+        self.values[row] = self.raws[row] = self.repeat = self.last = None
         self.complete = False
 
     def drop_all(self) -> None:

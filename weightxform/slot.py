@@ -87,8 +87,6 @@ class Slot:
     def empty(self) -> None:
         for place in (self.weight, self.state):
             place.empty()
-        if self.bucket is not None:
-            self.bucket.forget()
 
     def settle_in(self, raw: Tensor | None) -> None:
         """``raw`` is the raw tensor by the user's will; another that shows up later was put there by FSDP2."""
@@ -195,7 +193,7 @@ class Slot:
     ) -> Tensor:
         self._notice_fsdp(module, raw)
         place = self.state if folded else self.weight
-        again = self._again(place, raw, transform) if self.bucket is None else self.bucket.again(self, place)
+        again = self._again(place, raw, transform) if self.bucket is None else self.bucket.again(place)
         if again is not None:
             return again
         if self.bucket is None:
