@@ -317,29 +317,20 @@ class SpectralNorm(Transform):
 
     @classmethod
     def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
-        first = transforms[0]
-        us, vs, dims, n_iters = members(transforms, raws, advance)
-        every_gain = [t._gain_tensor(r) for t, r in zip(transforms, raws, strict=True)]
-        gains = [g for g in every_gain if g is not None]
-        v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
-        outs, state = apply_list(raws, us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype)
-        commit_moved(us, vs, n_iters, state)
+        arguments = _list_arguments(transforms, raws, advance)
+        outs, state = apply_list(*arguments)
+        commit_moved(arguments[1], arguments[2], arguments[5], state)
         return outs
 
     @classmethod
     def repeat_group(
         cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
     ) -> Repeat | None:
-        first = transforms[0]
         if not all(a and t.n_power_iterations for t, a in zip(transforms, advance, strict=True)):
             return None  # without an iteration u and v are read as copies
         if any(t.group_key(r) is None for t, r in zip(transforms, raws, strict=True)):
             return None  # a vector, or a convolution's operator: no list op
-        us, vs, dims, n_iters = members(transforms, raws, advance)
-        gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
-        v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
-        arguments = list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype
-        prepared = Prepared.of(arguments, accumulates)
+        prepared = Prepared.of(_list_arguments(transforms, raws, advance), accumulates)
         return None if prepared is None else prepared.apply
 
     # for folded layers
@@ -363,6 +354,15 @@ class SpectralNorm(Transform):
         commit_moved(us, vs, n_iters, state)
         sizes = [u.shape[0] + v.shape[0] + 1 for u, v in zip(us, vs, strict=True)]
         return list(state.split_with_sizes(sizes)) if len(sizes) > 1 else [state]
+
+
+def _list_arguments(transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> tuple:
+    """Those of the list op, for members of one :meth:`SpectralNorm.group_key`."""
+    first = transforms[0]
+    us, vs, dims, n_iters = members(transforms, raws, advance)
+    gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
+    v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
+    return list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype
 
 
 def spectral_norm(
