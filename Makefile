@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := tools/constraints.txt
 ARGS ?=
 
-.PHONY: demo test bench gpu wheel lint format verify setup clean
+.PHONY: demo test sanitize bench gpu wheel lint format verify setup clean
 .DEFAULT_GOAL := setup
 
 # torch comes first and alone, so that nothing else decides its version.
@@ -34,6 +34,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+sanitize: setup
+	$(BIN)/python tests/simt/sanitize.py
 
 bench: setup
 	$(BIN)/python -m weightxform bench $(ARGS)

@@ -142,6 +142,7 @@ int run(const char* name) {
     WX_LAUNCH_COOPERATIVE(next_blocks<true>, fit + 1, 32, 40 << 10, stream, parts.data(), o);
   }
   if (is("too_much_shared_memory")) WX_LAUNCH_SHARED(never_written, 1, 64, wx::gpu::max_shared_bytes() + 1, stream, o);
+  if (is("shared_memory_unasked")) WX_LAUNCH_SHARED(never_written, 1, 64, 50 << 10, stream, o);
   if (is("no_blocks")) WX_LAUNCH(divergent, 0, 64, stream, o);
   if (is("past_the_end")) {
     std::unique_ptr<float[]> exact(new float[60]);

@@ -14,9 +14,29 @@ import torch
 from host_build import ORDERS, HostGPU, cuda_ops
 
 from weightxform.registry import OPS
+from weightxform.spectral_norm.op import make_inputs
 from weightxform.verify import check_case, make_args
 
 CASES = [(name, case) for name in cuda_ops() for case in OPS[name].cases if "large" not in case]
+
+# Matrices of which a block takes several tiles, one after the other.
+LONG = {"wide": (2, 70_000), "tall": (40_000, 2)}
+
+
+def arguments(name: str, case: str) -> tuple:
+    if case not in LONG:
+        return make_args(OPS[name], case, torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    return (
+        *make_inputs(LONG[case], 0, torch.float32, torch.device("cpu"), generator),
+        None,
+        0,
+        1,
+        1e-12,
+        False,
+        None,
+        None,
+    )
 
 
 def cases(gpu: HostGPU, dtypes: list[str]) -> bool:
@@ -40,7 +60,7 @@ def barriers(gpu: HostGPU, log: str) -> bool:
         before = reports()
         gpu.order(order)
         gpu.drop(dropped)
-        gpu[name](*make_args(OPS[name], case, torch.float32, "cpu"))
+        gpu[name](*arguments(name, case))
         return reports() > before
 
     def reports() -> int:
@@ -48,7 +68,7 @@ def barriers(gpu: HostGPU, log: str) -> bool:
 
     kinds: dict[str, str] = {}
     reached: dict[str, list[tuple[str, str]]] = {}
-    for name, case in CASES:
+    for name, case in [*CASES, *(("spectral_norm_fwd", long) for long in LONG)]:
         if run(name, case, None, "forward"):
             print(f"{name}-{case}: a race, and no barrier was left out")
             return False

@@ -34,6 +34,8 @@ struct Device {
   bool cooperative = true;
 } device;
 constexpr int kBlocksOfSM = 2, kThreadsOfSM = 2048;
+constexpr size_t kLittleShared = 48 << 10;  // more dynamic shared memory has to be asked for
+std::set<const void*> much_shared;          // the kernels for which resident_blocks() did
 
 std::set<std::string> barriers;  // those reached: "file:line kind", of the path only the last part
 std::string dropped;             // "file:line"
@@ -259,6 +261,13 @@ void work(Grid& grid, Worker& worker) {
   }
 }
 
+// On the whole device.
+int fitting_blocks(int threads, int shared_bytes) {
+  if (threads > 1024 || shared_bytes > device.shared_bytes) return 0;
+  const int by_shared = shared_bytes ? device.shared_bytes / shared_bytes : kBlocksOfSM;
+  return std::min({kBlocksOfSM, kThreadsOfSM / threads, by_shared}) * device.sms;
+}
+
 void check(bool ok, const std::string& what) {
   if (!ok) throw std::runtime_error("simt: " + what);
 }
@@ -324,10 +333,9 @@ void grid_barrier(Place place) {
   acquire(at);
 }
 
-int resident_blocks(int threads, int shared_bytes) {
-  if (threads > 1024 || shared_bytes > device.shared_bytes) return 0;
-  const int by_shared = shared_bytes ? device.shared_bytes / shared_bytes : kBlocksOfSM;
-  return std::min({kBlocksOfSM, kThreadsOfSM / threads, by_shared}) * device.sms;
+int resident_blocks(const void* kernel, int threads, int shared_bytes) {
+  much_shared.insert(kernel);
+  return fitting_blocks(threads, shared_bytes);
 }
 
 void run(const Launch& launch) {
@@ -338,9 +346,11 @@ void run(const Launch& launch) {
         "a grid must have at least one block and at most 2^31-1, 65535, 65535 along its axes");
   check(launch.shared <= static_cast<size_t>(device.shared_bytes),
         std::to_string(launch.shared) + " bytes of shared memory of " + std::to_string(device.shared_bytes));
+  check(launch.shared <= kLittleShared || much_shared.count(launch.kernel),
+        "more than 48 KiB of shared memory for a kernel that resident_blocks() was not asked about");
   if (launch.cooperative) {
     check(device.cooperative, "a cooperative launch on a device that has none");
-    const size_t fit = resident_blocks(static_cast<int>(threads), static_cast<int>(launch.shared));
+    const size_t fit = fitting_blocks(static_cast<int>(threads), static_cast<int>(launch.shared));
     check(blocks <= fit, "a cooperative launch of " + std::to_string(blocks) + " blocks where " + std::to_string(fit) +
                              " are resident together");
   }

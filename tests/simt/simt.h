@@ -69,11 +69,12 @@ struct Launch {
   dim3 grid, size;
   size_t shared;
   bool cooperative;
+  const void* kernel;
   void (*body)(void*);
   void* arguments;
 };
 void run(const Launch& launch);
-int resident_blocks(int threads, int shared_bytes);
+int resident_blocks(const void* kernel, int threads, int shared_bytes);
 
 template <class... P, class... A>
 void launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 size, size_t shared, A&&... a) {
@@ -85,7 +86,7 @@ void launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 size, size_t
     auto* c = static_cast<Call*>(p);
     std::apply(c->kernel, c->arguments);
   };
-  run({grid, size, shared, cooperative, body, &call});
+  run({grid, size, shared, cooperative, reinterpret_cast<const void*>(kernel), body, &call});
 }
 
 // The value of lane source(lane), which must be in the mask.
@@ -131,8 +132,8 @@ int sm_count();
 int max_shared_bytes();
 bool cooperative_launch();
 template <class K>
-int resident_blocks(K, int threads, int shared_bytes) {
-  return simt::resident_blocks(threads, shared_bytes);
+int resident_blocks(K kernel, int threads, int shared_bytes) {
+  return simt::resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
 }  // namespace wx::gpu

@@ -115,6 +115,7 @@ def faults() -> Path:
         ("not_cooperative", "a grid sync in a launch that is not cooperative"),
         ("too_many_blocks", "a cooperative launch of 5 blocks where 4 are resident together"),
         ("too_much_shared_memory", "65537 bytes of shared memory of 65536"),
+        ("shared_memory_unasked", "a kernel that resident_blocks() was not asked about"),
         ("no_blocks", "a grid must have at least one block"),
         ("past_the_end", "heap-buffer-overflow"),
         ("past_the_shared_memory", "heap-buffer-overflow"),

@@ -1,10 +1,13 @@
-"""The race check: what it finds when a barrier is missing, and that it finds nothing in the kernels as they are."""
+"""The race check: what it finds in planted faults, and that it finds nothing in the kernels as they are.
+
+``make sanitize`` leaves out each of their barriers, and finds that.
+"""
 
 import subprocess
 from pathlib import Path
 
 import pytest
-from host_build import FIXED_ADDRESSES, RACES, SMALL, build_program, missing_barriers, sanitized
+from host_build import FIXED_ADDRESSES, RACES, SMALL, build_program, sanitized
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +39,3 @@ def test_the_kernels_have_no_races():
     done = sanitized(SMALL, "cases", "float32")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cases passed" in done.stdout and "ThreadSanitizer" not in done.stderr
-
-
-def test_a_race_is_reported_when_a_barrier_of_the_kernels_is_missing():
-    found = missing_barriers(*SMALL)
-    assert any(kind == "__syncthreads" for kind, _ in found.values())
-    assert {place: kind for place, (kind, reported) in found.items() if not reported} == {}
