@@ -326,10 +326,9 @@ class SpectralNorm(Transform):
     def repeat_group(
         cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool], accumulates: bool
     ) -> Repeat | None:
-        if not all(a and t.n_power_iterations for t, a in zip(transforms, advance, strict=True)):
-            return None  # without an iteration u and v are read as copies
-        if any(t.group_key(r) is None for t, r in zip(transforms, raws, strict=True)):
-            return None  # a vector, or a convolution's operator: no list op
+        for t, raw, a in zip(transforms, raws, advance, strict=True):
+            if not (a and t.n_power_iterations) or t.group_key(raw) is None:
+                return None  # without an iteration u and v are read as copies; without a key there is no list op
         prepared = Prepared.of(_list_arguments(transforms, raws, advance), accumulates)
         return None if prepared is None else prepared.apply
 
@@ -360,7 +359,8 @@ def _list_arguments(transforms: Sequence[Any], raws: Sequence[Tensor], advance: 
     """Those of the list op, for members of one :meth:`SpectralNorm.group_key`."""
     first = transforms[0]
     us, vs, dims, n_iters = members(transforms, raws, advance)
-    gains = [g for t, r in zip(transforms, raws, strict=True) if (g := t._gain_tensor(r)) is not None]
+    every_gain = [t._gain_tensor(r) for t, r in zip(transforms, raws, strict=True)]
+    gains = [g for g in every_gain if g is not None]
     v_first, out_dtype = first.order == "v_first", first._out_dtype(raws[0])
     return list(raws), us, vs, gains, dims, n_iters, first.eps, v_first, first.bound, out_dtype
 
