@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -41,6 +43,26 @@ def capturing_cuda_graph() -> bool:
 def when_cuda_starts(check: Callable[[], None]) -> None:
     """Call ``check`` before the first CUDA tensor of this process (now, if there was one), without starting CUDA."""
     torch.cuda._lazy_call(check)
+
+
+def capture_of(kind: str) -> int:
+    """A number for the CUDA graph that the current stream is captured into, the same all through; 0 for none.
+
+    ``kind``: the type of the device of whose tensors this is asked; only CUDA has graphs.
+    """
+    if kind != "cuda" or not capturing_cuda_graph():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):  # not NVIDIA's: no two answers are equal, so nothing is served twice
+        return -next(_unknown_captures)
+    error = ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return -next(_unknown_captures) if error else number.value + 1
+
+
+_unknown_captures = itertools.count(1)
 
 
 def special_mode() -> bool:

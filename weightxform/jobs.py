@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import versions
-from ._torch import capturing_cuda_graph, saved_tensor_hooks_active
+from ._torch import capture_of, saved_tensor_hooks_active
 from .evaluate import evaluate, keeps_graph, reset
 from .kept import Kept
 from .retained import retained
@@ -79,7 +79,7 @@ def compute(jobs: Sequence[Job]) -> list[Tensor]:
     values = values_of(jobs)
     raw, value = jobs[0].raw, values[0]
     kind = "cpu" if raw is None and not value.is_cuda else value.device.type
-    capturing = kind == "cuda" and capturing_cuda_graph()
+    capturing = capture_of(kind) != 0
     which = [i for i, job in enumerate(jobs) if job.slot.computed(job, capturing)]
     if which:
         readers = [jobs[i].slot.state_of(jobs[i].transform) for i in which]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import versions
-from ._torch import autocast_dtype, capturing_cuda_graph, ordinary
+from ._torch import autocast_dtype, capture_of, ordinary
 from .evaluate import keeps_graph
 from .transform import Repeat, Transform
 
@@ -49,8 +49,8 @@ class Kept:
     """
 
     __slots__ = (
-        "autocast", "complete", "configured", "dtypes", "guarded", "inference", "kind", "last", "learned",
-        "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served", "starts",
+        "autocast", "capture", "complete", "configured", "dtypes", "guarded", "inference", "kind", "last",
+        "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served", "starts",
         "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs", "value_versions",
         "values", "versions",
     )  # fmt: skip
@@ -84,6 +84,7 @@ class Kept:
         self.configured = Transform.configured
         self.training = self.transforms[0].training
         self.inference, self.autocast = torch.is_inference_mode_enabled(), autocast_dtype(self.kind)
+        self.capture = capture_of(self.kind)  # what a CUDA graph computes is served in its capture, and nothing else is
         self.versions, self.steps = versions.stamps(self.raws) if stamps is None else stamps
         self.state_versions = [t._version if self.plain or not t.is_inference() else 0 for t in self.states]
         self.learned_steps = [[_steps(id(t), 0) for t in row] if row else () for row in self.learned]
@@ -128,7 +129,7 @@ class Kept:
         learned = self.learned[row]
         if learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]:
             return None
-        return value if ordinary() and (self.kind != "cuda" or not capturing_cuda_graph()) else None
+        return value if ordinary() and capture_of(self.kind) == self.capture else None
 
     def _same_modes(self) -> bool:
         if _inference() is not self.inference:
@@ -169,7 +170,7 @@ class Kept:
             and [v._version if g else None for v, g in zip(values, self.guarded, strict=True)] == self.value_versions
             and [v.data_ptr() for v in values] == self.value_ptrs
             and self._same_modes()
-            and (self.kind != "cuda" or not capturing_cuda_graph())
+            and capture_of(self.kind) == self.capture
         )
         return now if unchanged else None
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from . import versions
 from ._torch import (
+    capture_of,
     distributed,
     freezing_trace,
     in_backward,
@@ -224,16 +225,18 @@ class Slot:
 
     def advanced_with(self, kept: Kept, row: int) -> None:
         """The state took its step for the value of the raw tensor that is in ``kept``."""
-        self.advanced = id(kept.raws[row]), (kept.versions[row], kept.steps[row]), kept.ptrs[row], self.forwards
+        stamp = kept.versions[row], kept.steps[row]
+        self.advanced = id(kept.raws[row]), stamp, kept.ptrs[row], self.forwards, kept.capture
 
     def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool) -> Job:
-        stamp = None if raw is None else (id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards)
+        capture = 0 if raw is None else capture_of(raw.device.type)
+        stamp = None if raw is None else (id(raw), versions.stamp(raw), raw.data_ptr(), self.forwards, capture)
         caching = self.always_caches or caches(transform)
-        advance = self._advances(stamp, transform, caching)
-        return Job(self, module, name, raw, transform, folded, advance, caching and self._keeps(raw), stamp)
+        advance = self._advances(stamp, transform, caching, capture)
+        return Job(self, module, name, raw, transform, folded, advance, caching and self._keeps(raw, capture), stamp)
 
-    def _keeps(self, raw: Tensor | None) -> bool:
-        if self.managed or self.captured:
+    def _keeps(self, raw: Tensor | None, capture: int) -> bool:
+        if self.managed or (self.captured and not capture):
             return False
         if raw is None:
             return True
@@ -251,10 +254,10 @@ class Slot:
     def _home(self) -> Tensor | None:
         return None if self.home is None else self.home()
 
-    def _advances(self, stamp: tuple | None, transform: nn.Module, caching: bool) -> bool:
+    def _advances(self, stamp: tuple | None, transform: nn.Module, caching: bool, capture: int) -> bool:
         if not transform.training or in_backward():
             return False
-        if self.captured or not caching or (self.managed and not self.forwards):
+        if (self.captured and not capture) or not caching or (self.managed and not self.forwards):
             return True
         return self.advanced is None or self.advanced != stamp
 
@@ -262,12 +265,11 @@ class Slot:
         """Note that ``job`` was done; whether its value can be kept."""
         raw = job.raw
         if capturing:
-            self.captured = True  # replays write the raw tensor, and no counter moves
+            self.captured = True  # replays write the raw tensor, and no counter moves: kept for the rest of the capture
         if job.advance:
             self.advanced = job.stamp
-        return not (
-            self.managed or self.captured or (raw is not None and (raw.is_inference() or raw.grad_fn is not None))
-        )
+        forgets = self.managed or (self.captured and not capturing)
+        return not (forgets or (raw is not None and (raw.is_inference() or raw.grad_fn is not None)))
 
     def state_of(self, transform: nn.Module) -> Reader:
         if self.reader is None or self.reader[0] is not transform or not isinstance(transform, Transform):
