@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._torch import in_backward
 from .jobs import Job, Last, Place, in_its_context, repetition, together, values_of
+from .kept import Kept
 from .slot import Slot, is_folded
 from .swap import child_name, slots_of
 from .transform import Transform
@@ -117,7 +118,10 @@ class Bucket:
                 jobs,
                 [j.slot for j in jobs],
                 [j.place for j in jobs],
+                [j.name for j in jobs],
                 [j.module._parameters for j in jobs],
+                [child_name(j.name) for j in jobs],
+                [j.module._modules for j in jobs],
                 repetition(jobs, self.group.accumulates),
             )
 
@@ -130,24 +134,32 @@ class Bucket:
         kept = place.kept
         if kept is None or kept.last is None:
             return None
-        jobs, slots, places, parameters, repeat = kept.last
-        if (
-            not all([p.kept is kept for p in places])
-            or not all(map(is_, [p.get(j.name) for p, j in zip(parameters, jobs, strict=True)], kept.raws))
-            or any([s.compiled is not None or s.pending is not None for s in slots])
-            or (jobs[0].advance and in_backward())
-        ):
+        last, row = kept.last, place.row
+        if not self._stands(kept, last) or (last.jobs[0].advance and in_backward()):
             return None
         stamps = kept.only_raws_written()
         if stamps is None:
             return None
         kept.drop_all()
-        values = None if repeat is None else in_its_context(partial(repeat, stamps))
-        kept.keep(values_of(jobs) if values is None else values, stamps)
-        if jobs[0].advance:
-            for row, s in enumerate(slots):
-                s.advanced_with(kept, row)
-        return kept.values[place.row]
+        values = None if last.repeat is None else in_its_context(partial(last.repeat, stamps))
+        values = values_of(last.jobs) if values is None else values
+        kept = kept.again(values, stamps)
+        for k, other in enumerate(last.places):
+            other.kept, other.row = kept, k
+        if last.jobs[0].advance:
+            kept.advanced = [s.advanced_with(kept, k) for k, s in enumerate(last.slots)]
+        return values[row]
+
+    @staticmethod
+    def _stands(kept: Kept, last: Last) -> bool:
+        """Whether values, raw tensors and transforms are where they were, and nothing else advanced a state."""
+        return (
+            all([p.kept is kept for p in last.places])
+            and all(map(is_, map(dict.get, last.parameters, last.names), kept.raws))
+            and all(map(is_, map(dict.get, last.modules, last.children), kept.transforms))
+            and not any([s.compiled is not None or s.pending is not None for s in last.slots])
+            and (not last.jobs[0].advance or all(map(is_, [s.advanced for s in last.slots], kept.advanced)))
+        )
 
     def jobs(self, first: Job) -> list[Job]:
         """``first`` and those that are to be computed with it, in the order of registration."""
@@ -159,7 +171,8 @@ class Bucket:
             job = first if first.slot is slots_of(module).get(name) else self._stale(module, name, first.folded)
             if job is first or (job is not None and _key(job) == key):
                 jobs.append(job)
-        return jobs
+        # Of tied modules the one in the bucket may have got a raw tensor of its own.
+        return jobs if any(job is first for job in jobs) else [first]
 
     def _stale(self, module: nn.Module, name: str, folded: bool) -> Job | None:
         """The computation that a member needs now, if it does and may be done early."""

@@ -68,7 +68,10 @@ class Last(NamedTuple):
     jobs: list[Job]
     slots: list[Slot]
     places: list[Place]
+    names: list[str]
     parameters: list[dict]
+    children: list[str]
+    modules: list[dict]
     repeat: Repeat | None
 
 

@@ -11,7 +11,7 @@ many objects would cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import ne
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Reader = Callable[[], Iterable[Tensor]]  # lists the tensors, besides raw, that a weight depends on
 
+_values: Callable[[Any], Iterable[Any]] = dict.values
 _steps = versions._epochs.get
 _inference, _any_autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
 _WRITTEN = (
@@ -46,19 +47,22 @@ class Kept:
         served: whether the value may be served again.
         repeat: computes the value of a single row again.
         last: what a bucket needs to compute several rows again.
+        advanced: what the slots had in ``advanced`` when they were computed.
+        tracked: ``dicts`` (of parameters and buffers) have just the tensors that the transforms' readers list.
     """
 
     __slots__ = (
-        "autocast", "capture", "complete", "configured", "dtypes", "guarded", "inference", "kind", "last",
-        "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served", "starts",
-        "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs", "value_versions",
-        "values", "versions",
+        "advanced", "autocast", "capture", "complete", "configured", "dicts", "dtypes", "guarded", "ids", "inference",
+        "kind", "last", "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served",
+        "starts", "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs",
+        "value_versions", "values", "versions",
     )  # fmt: skip
 
     def __init__(self, jobs: Sequence[Job], values: Sequence[Tensor], kind: str, readers: Sequence[Reader]) -> None:
         self.kind = kind
         self.repeat: Repeat | None = None
         self.last: Last | None = None
+        self.advanced = [j.slot.advanced for j in jobs]
         self.raws: list[Any] = [j.raw for j in jobs]
         self.transforms = [j.transform for j in jobs]
         self.served = [j.keeps for j in jobs]
@@ -66,11 +70,17 @@ class Kept:
         self.dtypes = [None if r is None else r.dtype for r in self.raws]
         self.requires = [None if r is None else r.requires_grad for r in self.raws]
         self.readers = readers
+        self.dicts = [[d for d in (t._parameters, t._buffers) if d] for t in self.transforms]
         states = [tuple(read()) for read in readers]
+        held = [tuple(x for d in row for x in d.values() if x is not None) for row in self.dicts]
+        self.tracked = all(isinstance(t, Transform) and not t._modules for t in self.transforms) and all(
+            set(map(id, state)) == set(map(id, row)) for state, row in zip(states, held, strict=True)
+        )
+        if self.tracked:
+            states = held
+        self.ids = [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))]
         self.states = [t for state in states for t in state]  # held, so that their ids stay theirs
         self.starts = [0, *accumulate(map(len, states))]
-        # Whether Transform.configured tells that the state is made of other tensors than it was.
-        self.tracked = all(isinstance(t, Transform) and not t._modules for t in self.transforms)
         self.plain = not any(t.is_inference() for t in self.states)
         self.learned = [[t for t in state if isinstance(t, nn.Parameter)] for state in states]
         self.guarded = [
@@ -92,6 +102,15 @@ class Kept:
         self.complete = True
         self.value_ptrs = [v.data_ptr() for v in values]
         self.value_versions = [v._version if g else None for v, g in zip(values, self.guarded, strict=True)]
+
+    def again(self, values: Sequence[Tensor], stamps: tuple[list[int], list[int]]) -> Kept:
+        """The same rows, computed again. Not in place: another thread may be comparing the facts of an old value."""
+        kept = object.__new__(Kept)
+        for name in _LASTING:
+            setattr(kept, name, getattr(self, name))
+        kept.raws = list(self.raws)  # each drops its own
+        kept.keep(values, stamps)
+        return kept
 
     def serve(self, row: int, raw: Tensor | None, transform: nn.Module, name: str) -> Tensor | None:
         """The value, if nothing was written and no mode changed since. At every read: so in one piece, names bound.
@@ -118,16 +137,16 @@ class Kept:
             return None
         states, versions, plain = self.states, self.state_versions, self.plain
         k, end = self.starts[row], self.starts[row + 1]
-        if (not self.tracked or Transform.configured != self.configured) and (
-            tuple(map(id, self.readers[row]())) != tuple(map(id, states[k:end]))
-        ):
-            return None
-        while k < end:
-            if (plain or not states[k].is_inference()) and states[k]._version != versions[k]:
-                return None
-            k += 1
+        # Their identity too: functional_call puts in other tensors, and nothing counts that.
+        for tensors in map(_values, self.dicts[row]) if self.tracked else (self.readers[row](),):
+            for t in tensors:
+                if t is None:
+                    continue
+                if k == end or t is not states[k] or ((plain or not t.is_inference()) and t._version != versions[k]):
+                    return None
+                k += 1
         learned = self.learned[row]
-        if learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]:
+        if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
             return None
         return value if ordinary() and capture_of(self.kind) == self.capture else None
 
@@ -169,10 +188,17 @@ class Kept:
             and [r.requires_grad for r in raws] == self.requires
             and [v._version if g else None for v, g in zip(values, self.guarded, strict=True)] == self.value_versions
             and [v.data_ptr() for v in values] == self.value_ptrs
+            and [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))] == self.ids
             and self._same_modes()
             and capture_of(self.kind) == self.capture
         )
         return now if unchanged else None
+
+
+_LASTING = (
+    "advanced", "dicts", "dtypes", "guarded", "ids", "kind", "last", "learned", "plain", "ptrs", "readers", "repeat",
+    "requires", "served", "starts", "states", "tracked", "transforms",
+)  # fmt: skip
 
 
 def _aliases(out: Tensor, inputs: Iterable[Tensor | None], transform: nn.Module) -> bool:

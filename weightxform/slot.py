@@ -210,7 +210,12 @@ class Slot:
         kept = place.kept
         if kept is None or kept.repeat is None or raw is not kept.raws[0] or transform is not kept.transforms[0]:
             return None
-        if self.pending is not None or self.compiled is not None or in_backward():
+        if (
+            self.pending is not None
+            or self.compiled is not None
+            or self.advanced is not kept.advanced[0]
+            or in_backward()
+        ):
             return None
         stamps = kept.only_raws_written()
         if stamps is None:
@@ -219,14 +224,15 @@ class Slot:
         values = in_its_context(partial(kept.repeat, stamps))
         if values is None:
             return None
-        kept.keep(values, stamps)
-        self.advanced_with(kept, 0)
-        return kept.values[0]
+        place.kept = kept = kept.again(values, stamps)
+        kept.advanced = [self.advanced_with(kept, 0)]
+        return values[0]
 
-    def advanced_with(self, kept: Kept, row: int) -> None:
+    def advanced_with(self, kept: Kept, row: int) -> tuple:
         """The state took its step for the value of the raw tensor that is in ``kept``."""
         stamp = kept.versions[row], kept.steps[row]
         self.advanced = id(kept.raws[row]), stamp, kept.ptrs[row], self.forwards, kept.capture
+        return self.advanced
 
     def job(self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool) -> Job:
         capture = 0 if raw is None else capture_of(raw.device.type)

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -22,11 +23,12 @@ class Prepared {
       sizes.push_back(to_dims(m.weights[i].sizes()));
       strides.push_back(to_dims(m.weights[i].strides()));
       layouts.emplace_back(m.weights[i], m.dims[i]);
+      lengths.push_back(state_size(m.weights[i], m.dims[i]));
     }
   }
   virtual ~Prepared() = default;
 
-  // The state; the results go to `results`, the new u and v to where the old are.
+  // The state; the results go to `results`, the new u and v to where the old are. One thread at a time.
   virtual Tensor forward(const std::vector<Tensor>& results) = 0;
 
   std::vector<Tensor> results() const {
@@ -36,18 +38,29 @@ class Prepared {
   }
 
   // Weights and vectors may have moved (`.data = ...`), but must be what they were.
-  void check_unchanged() const {
-    for (size_t i = 0; i < m.weights.size(); i++)
-      check(same(m.weights[i].sizes(), sizes[i]) && same(m.weights[i].strides(), strides[i]) &&
-                m.weights[i].scalar_type() == m.dtype && m.us[i].scalar_type() == opmath(m.dtype) &&
-                m.vs[i].scalar_type() == opmath(m.dtype) && m.us[i].numel() == sizes[i][m.dims[i]] &&
-                m.us[i].numel() * m.vs[i].numel() == m.weights[i].numel(),
-            "a weight, u or v has another shape, layout or dtype than when the group was prepared");
+  bool same_weight(size_t i) const {
+    const Tensor& w = m.weights[i];
+    return w.is_cpu() && w.scalar_type() == m.dtype && same(w.sizes(), sizes[i]) && same(w.strides(), strides[i]);
+  }
+
+  bool unchanged() const {
+    for (size_t i = 0; i < m.weights.size(); i++) {
+      const int64_t h = sizes[i][m.dims[i]];
+      if (!same_weight(i) || !is_vector(m.us[i], h) || !is_vector(m.vs[i], lengths[i] - h - 1)) return false;
+    }
+    for (const Tensor& gain : m.gains)
+      if (!gain.is_cpu()) return false;
+    return true;
+  }
+
+  bool is_vector(const Tensor& x, int64_t n) const {
+    return x.is_cpu() && x.scalar_type() == opmath(m.dtype) && x.numel() == n && x.is_contiguous();
   }
 
   Members m;
   std::vector<Dims> sizes, strides;
   std::vector<Layout> layouts;
+  std::vector<int64_t> lengths;  // of the states
 };
 
 template <class T, class O>
@@ -57,6 +70,7 @@ class PreparedFor : public Prepared {
 
   Tensor forward(const std::vector<Tensor>& results) override {
     using C = Compute<T>;
+    const std::lock_guard<std::mutex> guard(mutex_);  // of work_: Python lets other threads run meanwhile
     const Tensor state = vector(m.total, opmath(m.dtype));
     auto* numbers = static_cast<C*>(state.data_ptr());
     for (size_t i = 0; i < m.weights.size(); i++) {
@@ -80,6 +94,7 @@ class PreparedFor : public Prepared {
   }
 
  private:
+  std::mutex mutex_;
   std::vector<Forward<T, O>> work_;
 };
 
@@ -112,14 +127,15 @@ Tensor prepare(std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<
 }
 
 Prepared& prepared_of(const Tensor& handle) {
-  check(handle.is_cpu() && handle.numel() == 1, "prepared must be a handle that spectral_norm_prepare returned");
-  auto& prepared = *static_cast<Prepared*>(handle.data_ptr());
-  prepared.check_unchanged();
-  return prepared;
+  check(handle.is_cpu() && handle.scalar_type() == ScalarType::Byte && handle.numel() == 1,
+        "prepared must be a handle that spectral_norm_prepare returned");
+  return *static_cast<Prepared*>(handle.data_ptr());
 }
 
+// No results, and nothing done, where a tensor is not what it was: of another shape, layout, dtype or device.
 std::tuple<std::vector<Tensor>, Tensor> prepared_forward(Tensor handle) {
   Prepared& p = prepared_of(handle);
+  if (!p.unchanged()) return {std::vector<Tensor>(), allocate({0}, {1}, ScalarType::Float)};
   const std::vector<Tensor> results = p.results();
   const Tensor state = p.forward(results);
   return {results, state};
@@ -140,6 +156,7 @@ std::tuple<std::vector<Tensor>, Tensor> prepared_backward(Tensor handle, std::ve
   for (size_t k = 0; k < which.size(); k++) {
     check(0 <= which[k] && which[k] < static_cast<int64_t>(m.weights.size()), "which is out of range");
     const size_t i = which[k];
+    check(p.same_weight(i), "a weight has another shape, layout, dtype or device than in the forward");
     check(douts[k].is_cpu() && same(douts[k].sizes(), p.sizes[i]), "douts must have the shapes of the weights");
     check(into.empty() || (into[k].is_cpu() && into[k].scalar_type() == dtype && same(into[k].sizes(), p.sizes[i]) &&
                            same(into[k].strides(), p.strides[i])),

@@ -6,6 +6,7 @@ eager code: the ops below name their tensors by a handle, so nothing that traces
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,10 +64,10 @@ class Prepared:
         return backends.forced in (None, "cpu")
 
     def forward(self) -> tuple[list[Tensor], Tensor]:
-        """(outs, state); u and v are written."""
+        """(outs, state); u and v are written. No outs, and nothing written, where a tensor has another layout now."""
         with torch._C._AutoDispatchBelowAutograd():
             outs, state = _ops.spectral_norm_prepared_fwd.default(self.handle)
-        if self.vectors:
+        if outs and self.vectors:
             torch.autograd.graph.increment_version(self.vectors)
         return outs, state
 
@@ -77,9 +78,15 @@ class Prepared:
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.spectral_norm_prepared_bwd.default(self.handle, douts, which, state, into)
 
-    def apply(self, stamps: tuple[list[int], list[int]]) -> list[Tensor]:
-        """The weights, differentiable in the raw tensors and the gains. ``stamps``: of the raw tensors, as they are."""
-        return list(_Repeated.apply(self, stamps, *self.weights, *self.gains))
+    def apply(self, stamps: tuple[list[int], list[int]]) -> list[Tensor] | None:
+        """The weights, differentiable in the raw tensors and the gains. ``stamps``: of the raw tensors, as they are.
+
+        ``None``, with nothing done, where another backend was forced since, or a tensor has another layout.
+        """
+        if not self.usable():
+            return None
+        results = self.forward()
+        return list(_Repeated.apply(self, stamps, results, *self.weights, *self.gains)) if results[0] else None
 
     def gradients(self, douts: list[Tensor], ctx: Any) -> tuple[list[Tensor | None], Tensor]:
         """(dweights, dgains), with ``None`` for a weight to whose ``grad`` the kernel has added it."""
@@ -87,6 +94,8 @@ class Prepared:
         if self.accumulates and any([w.grad is not None for w in self.weights]):
             nodes = ctx.next_functions
             adding = [i for i in self.everyone if _adds(self.weights[i], nodes[i][0])]
+            if _overlap([self.weights[i].grad for i in adding], douts):
+                adding = []
         if not adding:
             return self.backward(douts, self.everyone, state, [])  # type: ignore[return-value]
         into: list[Any] = [self.weights[i].grad for i in adding]
@@ -102,6 +111,15 @@ class Prepared:
         return dweights, dgains
 
 
+def _overlap(grads: list[Any], douts: list[Tensor]) -> bool:
+    """Whether adding to one of ``grads`` changes another of them, or one of ``douts`` that may be read after it."""
+    spans = sorted([(g.data_ptr(), g.nbytes) for g in grads])
+    if any([start + size > after for (start, size), (after, _) in pairwise(spans)]):
+        return True
+    storages = {g.untyped_storage()._cdata for g in grads}
+    return any([d.untyped_storage()._cdata in storages for d in douts])
+
+
 def _adds(raw: Tensor, node: Any) -> bool:
     """Whether the gradient of ``raw`` would be added to ``raw.grad`` next, and nobody would see it on its way.
 
@@ -110,7 +128,9 @@ def _adds(raw: Tensor, node: Any) -> bool:
     grad = raw.grad
     if grad is None or grad.requires_grad or grad.dtype != raw.dtype or grad.layout != torch.strided:
         return False
-    if grad.stride() != raw.stride() or not grad.is_cpu or grad.is_inference():
+    if type(grad) is not Tensor or grad.stride() != raw.stride() or not grad.is_cpu or grad.is_inference():
+        return False
+    if node is None:  # frozen
         return False
     if raw._backward_hooks or raw._post_accumulate_grad_hooks:
         return False
@@ -122,10 +142,10 @@ def _adds(raw: Tensor, node: Any) -> bool:
 
 class _Repeated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prepared: Prepared, stamps: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outs, state = prepared.forward()
+    def forward(ctx: Any, prepared: Prepared, stamps: tuple, results: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outs, ctx.state = results
         n = len(outs)
-        ctx.prepared, ctx.state = prepared, state
+        ctx.prepared = prepared
         ctx.weights, ctx.gains = tensors[:n], tensors[n:]
         ctx.dims, ctx.bound = prepared.dims, prepared.bound
         ctx.set_materialize_grads(False)
@@ -137,9 +157,9 @@ class _Repeated(torch.autograd.Function):
         prepared = ctx.prepared
         usable = through_ops() and prepared.usable()
         if not usable or not all([d is not None and d.layout is torch.strided for d in douts]):
-            return None, None, *list_gradients(ctx, douts)  # a second derivative, members that nobody used, ...
+            return None, None, None, *list_gradients(ctx, douts)  # a second derivative, members that nobody used, ...
         ctx.unchanged.check()
         dweights, dgains = prepared.gradients(list(douts), ctx)
         if not ctx.gains:
-            return None, None, *dweights
-        return None, None, *dweights, *(d.to(g.dtype) for d, g in zip(dgains.unbind(), ctx.gains, strict=True))
+            return None, None, None, *dweights
+        return None, None, None, *dweights, *(d.to(g.dtype) for d, g in zip(dgains.unbind(), ctx.gains, strict=True))
