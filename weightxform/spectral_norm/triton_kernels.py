@@ -45,7 +45,7 @@ DOUT, DWEIGHT = tl.constexpr(2), tl.constexpr(3)
 POINTERS = tl.constexpr(5)
 
 MAX_PARTS = tl.constexpr(512)  # partial sums of a member, which every later program adds up
-GATHER_ROWS, GATHER_COLUMNS = tl.constexpr(64), tl.constexpr(32)
+GATHER_ROWS, GATHER_COLUMNS = tl.constexpr(64), tl.constexpr(64)
 VECTOR = tl.constexpr(512)
 
 # Kinds of tile: 4 bucket + 2 (outer axis is the rows) + aligned. Only the kinds in the list are compiled.

@@ -34,8 +34,8 @@ def _modules(device: torch.device) -> tuple[Any, Any, Any]:
     kernels = importlib.import_module(f"{__package__}.triton_kernels")
     if device.type == "cpu" and not kernels.interpreted():
         raise RuntimeError(
-            "spectral_norm: Triton has no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts, runs them "
-            "in its interpreter (slow: for tests)"
+            "spectral_norm: Triton has no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts, "
+            "runs them in its interpreter (slow: for tests)"
         )
     backward, plan = (importlib.import_module(f"{__package__}.triton_{name}") for name in ("backward", "plan"))
     return kernels, backward, plan

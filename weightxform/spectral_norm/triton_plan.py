@@ -29,6 +29,7 @@ from . import triton_kernels as kernels
 TILE = {torch.float64: 4096}  # numbers in a tile of W: 32 a thread, or 16 of eight bytes
 DEFAULT_TILE = 8192
 KEPT = 128  # tables of each sort
+PARTS = 256  # partial sums of a member, from where on programs take more of the matrix
 
 
 class Layout(NamedTuple):
@@ -170,7 +171,7 @@ def forward_plan(
             bucket, length = kernels.WIDE.value, tile // height
         at_once = tile // length
         least = 8 if dtype.itemsize >= 4 else 16  # along the outer axis: parts of e are few against W
-        groups = _ceil(max(at_once, least, _ceil(outer, kernels.MAX_PARTS.value // 2)), at_once)
+        groups = _ceil(max(at_once, least, _ceil(outer, PARTS)), at_once)
         parts = _ceil(outer, groups * at_once) if m * n else 0
         columns = _ceil(inner, kernels.GATHER_COLUMNS.value)
         tiles = max(1, _ceil(columns, kernels.MAX_PARTS.value))
@@ -268,16 +269,19 @@ class Kept:
 plans, addresses = Kept(KEPT), Kept(KEPT)
 
 
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and capturing_cuda_graph()
+
+
 def plan_for(key: tuple, device: torch.device, build: Callable[[], Plan]) -> Plan:
     """The plan of ``key``, with its table on ``device``.
 
     Raises:
         RuntimeError: it does not exist, and a CUDA graph is being captured.
     """
-    capturing = device.type == "cuda" and capturing_cuda_graph()
-    plan = plans.get((device, *key))
+    plan, captured = plans.get((device, *key)), capturing(device)
     if plan is None:
-        if capturing:
+        if captured:
             raise RuntimeError(
                 "spectral_norm: a CUDA graph is being captured, and the Triton kernels have not seen a list of weights "
                 "with these shapes: run the same code once before the capture"
@@ -286,8 +290,8 @@ def plan_for(key: tuple, device: torch.device, build: Callable[[], Plan]) -> Pla
         plan.table = plan.finish().to(device)  # waits until it is there: from then on any stream may read it
         plans.put((device, *key), plan)
         write_by_value([0], device)  # a capture must find that kernel loaded
-    plan.held = plan.held or capturing
-    if device.type == "cuda" and not capturing:
+    plan.held = plan.held or captured
+    if device.type == "cuda" and not captured:
         plan.table.record_stream(torch.cuda.current_stream(device))
     return plan
 
@@ -295,10 +299,10 @@ def plan_for(key: tuple, device: torch.device, build: Callable[[], Plan]) -> Pla
 def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Rows of POINTERS addresses on ``device``: kept from call to call (for one stream), or written into the graph."""
     flat = tuple(x for row in rows for x in row)
+    if capturing(device):
+        return write_by_value(flat, device)
     if device.type != "cuda":
         return torch.tensor(flat, dtype=torch.int64)
-    if capturing_cuda_graph():
-        return write_by_value(flat, device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, flat)
     table = addresses.get(key)
     if table is None:

@@ -1,0 +1,157 @@
+"""CI: every Triton kernel compiles ahead of time for every architecture, without spills, within its budgets.
+
+Needs no GPU. sm_90 gets every kind of tile for float32 and bfloat16 weights; the other dtypes and architectures get the
+kinds that use most. Registers are those that cuobjdump reports, spills those of ptxas; Triton brings both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())  # what is compiled here is compiled anew
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from weightxform.numerics import FLOAT_DTYPES, opmath
+from weightxform.spectral_norm import triton_backward, triton_kernels, triton_launch, triton_plan
+
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED = 48 << 10  # what every block may have without asking; some GPUs have no more than 99 KiB for a whole SM
+REGISTERS = 255
+BIN = Path(nvidia.__file__).parent / "bin"
+TL = triton_kernels.tl
+
+# (name, kernel, pointer arguments, constants, warps, architecture)
+Build = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
+
+
+def pointer(dtype: torch.dtype) -> str:
+    return {torch.float64: "*fp64", torch.float32: "*fp32"}[dtype]
+
+
+def product_kinds(dtype: torch.dtype) -> list[int]:
+    tile, wide = triton_plan.TILE.get(dtype, triton_plan.DEFAULT_TILE), triton_kernels.WIDE.value
+    rows = [bucket for bucket in range(wide) if 64 << bucket <= tile]
+    columns = [bucket for bucket in rows if tile // (64 << bucket) >= 32]
+    return [4 * b + 2 + fast for b in (*rows, wide) for fast in (0, 1)] + [
+        4 * b + fast for b in (*columns, wide) for fast in (0, 1)
+    ]
+
+
+def builds() -> Iterator[Build]:
+    for arch in ARCHITECTURES:
+        for dtype in FLOAT_DTYPES:
+            everything = arch == 90 and dtype in (torch.float32, torch.bfloat16)
+            compute = opmath(dtype)
+            T, C = (triton_launch._type(triton_kernels, t) for t in (dtype, compute))
+            name, number, warps = str(dtype).removeprefix("torch."), pointer(compute), triton_launch.WARPS
+            tile, flat = triton_plan.TILE.get(dtype, triton_plan.DEFAULT_TILE), triton_plan.elementwise_tile(dtype)
+            workspace = {"plan": "*i64", "pointers": "*i64", "numbers": number, "sums": "*fp64"}
+            kinds = product_kinds(dtype)
+            # Most registers: short rows that lie across, the longest ones, and those that no tile holds.
+            for kind in kinds if everything else sorted({2, max(k for k in kinds if k < 32), 34, 35, 32}):
+                for first in (True, False) if everything and kind in (3, 27, 35) else (True,):
+                    constants = dict(T=T, C=C, FIRST=first, KINDS=1 << kind, TILE=tile)
+                    label = f"products {name} kind {kind}{'' if first else ' again'}"
+                    yield label, triton_kernels.products, workspace, constants, warps, arch
+            constants = dict(T=T, C=C, FIRST=True, KINDS=sum(1 << kind for kind in kinds[1::4]), TILE=tile)
+            yield f"products {name} mixed", triton_kernels.products, workspace, constants, warps, arch
+            state = {**workspace, "state": number}
+            for out in FLOAT_DTYPES if everything else (dtype,):
+                TO = triton_launch._type(triton_kernels, out)
+                constants = dict(T=T, C=C, TO=TO, WRITE=True, ALIGNED=True, TILE=flat)
+                yield f"finish {name} to {out}", triton_kernels.finish, state, constants, warps, arch
+            constants = dict(T=T, C=C, TO=T, WRITE=False, ALIGNED=False, TILE=flat)
+            yield f"finish {name} state", triton_kernels.finish, state, constants, warps, arch
+            table = {"plan": "*i64", "pointers": "*i64", "sums": "*fp64"}
+            for dout in (dtype, torch.float16) if dtype == torch.float32 else (dtype,):
+                G = triton_launch._type(triton_kernels, dout)
+                constants = dict(T=T, G=G, C=C, ALIGNED=True, TILE=flat)
+                yield f"inner {name} from {dout}", triton_backward.inner, table, constants, warps, arch
+                for kind in range(14) if everything and dout == dtype else (0, 9, 12):
+                    constants = dict(T=T, G=G, C=C, KINDS=1 << kind, TILE=flat)
+                    arguments = {**table, "state": number, "dgains": number}
+                    label = f"update {name} from {dout} kind {kind}"
+                    yield label, triton_backward.update, arguments, constants, warps, arch
+        for number, C in (("*fp32", TL.float32), ("*fp64", TL.float64)):
+            arguments = {"plan": "*i64", "numbers": number, "sums": "*fp64"}
+            yield f"gather {C}", triton_kernels.gather, arguments, {"C": C}, 4, arch
+        yield "write", triton_kernels.write, {"table": "*i64"}, {}, 1, arch
+
+
+def spills(ptx: str, arch: int) -> int:
+    """Bytes of spills. A stack may also be the frame of a division in float64, so it is ptxas that is asked."""
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target
+    ptxas = BIN / ("ptxas-blackwell" if arch >= 100 and (BIN / "ptxas-blackwell").exists() else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={target[1]}", source, "-o", source.with_suffix(".cubin")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    return int(stores) + int(loads)
+
+
+def compiled(build: Build) -> tuple[int, int, int]:
+    """Registers, bytes of spills and of shared memory."""
+    _, kernel, pointers, constants, warps, arch = build
+    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i64") for name in kernel.arg_names}
+    places = {name: (i,) for i, name in enumerate(kinds)}
+    source = ASTSource(
+        kernel,
+        signature=kinds,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in pointers},
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        sys.exit(f"cuobjdump says nothing of registers: {text}")
+    spilled = spills(result.asm["ptx"], arch) if int(found[2]) else 0
+    return int(found[1]), spilled, result.metadata.shared
+
+
+def main() -> None:
+    begun, worst, failures = time.monotonic(), defaultdict(lambda: (0, 0, 0, 0)), []
+    todo = list(builds())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for build, (registers, spilled, shared) in zip(todo, pool.map(compiled, todo), strict=True):
+            key = f"sm_{build[5]}", build[0].split()[0]
+            before = worst[key]
+            worst[key] = (before[0] + 1, *map(max, before[1:], (registers, spilled, shared)))
+            if spilled or shared > SHARED or registers > REGISTERS:
+                failures.append(
+                    f"{build[0]}, sm_{build[5]}: {registers} registers, {spilled} bytes of spills, {shared} shared"
+                )
+    print(f"{'':8}{'kernel':10}{'variants':>9}{'registers':>11}{'spills':>7}{'shared':>8}")
+    for (arch, kernel), numbers in worst.items():
+        print(f"{arch:8}{kernel:10}{numbers[0]:9}{numbers[1]:11}{numbers[2]:7}{numbers[3]:8}")
+    print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s")
+    if failures:
+        sys.exit("\n".join(["spills, or over budget:", *failures]))
+
+
+if __name__ == "__main__":
+    main()
