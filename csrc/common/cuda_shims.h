@@ -10,6 +10,11 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
 // Absent from a CPU-only libtorch. Weak: _cuda loads there too, and its registrations can be checked without a GPU.
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -38,6 +43,50 @@ class OnDeviceOf {
 };
 
 inline void check_launches() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+// What the current device has. The driver is asked once for each device.
+
+inline int current_device() {
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess, "weightxform: no current CUDA device");
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr what) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, fresh] = known.try_emplace({device, static_cast<int>(what)}, 0);
+  if (fresh) STD_CUDA_CHECK(cudaDeviceGetAttribute(&at->second, what, device));
+  return at->second;
+}
+
+inline int sm_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int max_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline bool cooperative_launch() { return device_attribute(cudaDevAttrCooperativeLaunch) != 0; }
+
+// How many blocks of a kernel the device holds at once: 0 if it cannot run one. It lets the kernel have as much dynamic
+// shared memory as there is beside its static one.
+template <class K>
+int resident_blocks(K kernel, int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<K, int, int, int>, int> known;
+  const int device = current_device(), sms = sm_count(), most = max_shared_bytes();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, fresh] = known.try_emplace({kernel, device, threads, shared_bytes}, 0);
+  if (fresh) {
+    cudaFuncAttributes attributes;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic));
+    int blocks = 0;
+    if (shared_bytes <= dynamic)
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+    at->second = blocks * sms;
+  }
+  return at->second;
+}
 
 }  // namespace wx::gpu
 

@@ -1,0 +1,82 @@
+// From sums of squares to unit vectors, sigma and the factor of the weight; reference.py has the maths.
+#pragma once
+#include "member.cuh"
+
+namespace wx::gpu::sn {
+
+constexpr int kNoExponent = -(1 << 20);  // of zeros
+
+__device__ inline double total(const double* parts, int n) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < n; i += kThreads) sum += parts[i];
+  return block_sum<kThreads>(sum);
+}
+
+// What a vector of that length is divided by; NaN stays NaN.
+__device__ inline double at_least(double length, double eps) { return length < eps ? eps : length; }
+
+// What t and z of an iteration are multiplied with to have unit length, and sigma. All threads must make it.
+struct Lengths {
+  double t = 1, z = 1, sigma = 0;
+
+  __device__ Lengths() {}
+
+  template <class T>
+  __device__ Lengths(const Forward<T>& f, const Work<Compute<T>>& work, int iteration, double eps, bool only_first) {
+    const int parity = iteration % 2, tiles = f.cut.tiles();
+    const bool fused = f.cut.fused(f.x_first);
+    double first = 0, second = 0;
+    if (f.x_first || !only_first) {
+      const double z2 =
+          total(work.z2 + parity * tiles, f.cut.z_parts() > 1 ? f.cut.gather_blocks(f.cut.columns()) : tiles);
+      (f.x_first ? first : second) = sqrt(z2);
+    }
+    if (!f.x_first || !only_first) {
+      const double t2 = total(work.t2 + parity * tiles, f.cut.t_parts() > 1 ? f.cut.gather_blocks(f.cut.m) : tiles);
+      (f.x_first ? second : first) = sqrt(t2);
+    }
+    double& first_factor = f.x_first ? z : t;
+    double& second_factor = f.x_first ? t : z;
+    const double unit = at_least(first, eps);
+    first_factor = 1 / unit;
+    if (only_first) return;
+    double scale = 1;
+    if (fused) {  // the second came from the first before that had unit length, and was divided by 2^exponent
+      const int exponent = *work.exponent;
+      scale = ldexp(1.0, exponent == kNoExponent ? 0 : exponent) / unit;
+    }
+    const double length = scale * second, divisor = at_least(length, eps);
+    second_factor = scale / divisor;
+    sigma = length * (length / divisor);
+  }
+};
+
+// s(sigma) and s'(sigma) of reference.py.
+struct Scale {
+  double s = 1, ds = 0;
+  __device__ Scale(double sigma, double bound, bool bounded) {
+    const double c = bounded ? bound : 1.0;
+    if (sigma != sigma || (bounded ? sigma > c : sigma != 0)) {
+      s = c / sigma;
+      ds = -c / (sigma * sigma);
+    }
+  }
+};
+
+// A vector of one of the sides of W: numbers times a factor.
+template <class C>
+struct Vector {
+  const C* p;
+  C factor = 1;
+  int64_t inner = 0, columns = 0;
+
+  __device__ C operator[](int64_t c) const {
+    if (inner) {
+      const int64_t outer = divide(c, inner);
+      c = (c - outer * inner) * divide(columns, inner) + outer;
+    }
+    return p[c] * factor;
+  }
+};
+
+}  // namespace wx::gpu::sn

@@ -1,0 +1,249 @@
+// The products t = W x and z = W'y of a tile, from shared memory.
+#pragma once
+#include "lengths.cuh"
+
+namespace wx::gpu::sn {
+
+constexpr int kChunk = 1024;                                 // numbers of a line that one warp adds up
+constexpr int kLongLines = kOneBytes / 2 / kChunk * 2 + 16;  // chunks of the lines that are longer, at the most
+
+// Shared memory of a block, beside what the helpers of device.cuh have.
+template <class C>
+struct Scratch {
+  C line[kMaxLines];  // a number for each line of the batch, then for each row
+  C part[kLongLines];
+  C sum[kThreads];
+};
+
+struct Chip {
+  unsigned char *acc, *stream, *kept;
+  int kept_bytes;
+
+  // Batch k, of `bytes`, of a tile whose first batch would be at `used`; null if it does not stay on chip.
+  __device__ unsigned char* place(int used, int k, int bytes) const {
+    const int64_t at = used + static_cast<int64_t>(k) * bytes;
+    return at + bytes <= kept_bytes ? kept + at : nullptr;
+  }
+};
+
+template <class T>
+__device__ int batch_bytes(const Cut& c) {
+  return static_cast<int>((least(c.lines, c.rows * c.slabs) * c.piece * sizeof(T) + 15) / 16 * 16);
+}
+
+// n lines of W into shared memory, side by side.
+template <class T>
+__device__ void load_lines(T* shared, const T* w, int n, int columns, int64_t stride) {
+  if (columns == stride) return copy_async<kThreads>(shared, w, n * columns);
+  for (int i = 0; i < n; i++) copy_async<kThreads>(shared + i * columns, w + i * stride, columns);
+}
+
+// scratch.line[l] = line l times its part of x; the lines of slab s begin at x[s columns]. A warp takes four lines, or
+// four groups of them where they are short. Ends with a barrier.
+template <class T, class X>
+__device__ void dots(const T* w, int lines, int rows, int columns, const X& x, Scratch<Compute<T>>& scratch) {
+  using C = Compute<T>;
+  int width = 32;  // lanes on a line
+  while (width > 1 && width / 2 >= columns) width /= 2;
+  const int lane = threadIdx.x % 32, in_line = lane % width, groups = 32 / width;
+  const int chunks = ceil_div(columns, kChunk), units = ceil_div(lines, 4 * groups) * chunks;
+  for (int unit = threadIdx.x / 32; unit < units; unit += kWarps) {
+    const int chunk = unit % chunks, first = unit / chunks * 4 * groups + lane / width;
+    const int end = min(columns, (chunk + 1) * kChunk);
+    int at[4], slab[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int line = min(first + k * groups, lines - 1);
+      at[k] = line * columns;
+      slab[k] = lines == rows ? 0 : line / rows * columns;
+    }
+    C sum[4] = {};
+    if (lines == rows) {
+      for (int j = chunk * kChunk + in_line; j < end; j += width) {
+        const C number = x[j];
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum[k] += widen(w[at[k] + j]) * number;
+      }
+    } else {
+      for (int j = chunk * kChunk + in_line; j < end; j += width)
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum[k] += widen(w[at[k] + j]) * x[slab[k] + j];
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      for (int offset = 16; offset; offset /= 2) {
+        const C other = __shfl_xor_sync(0xffffffffu, sum[k], offset);
+        if (offset < width) sum[k] += other;
+      }
+      const int line = first + k * groups;
+      if (in_line == 0 && line < lines)
+        (chunks == 1 ? scratch.line[line] : scratch.part[line * chunks + chunk]) = sum[k];
+    }
+  }
+  __syncthreads();
+  if (chunks == 1) return;
+  for (int line = threadIdx.x; line < lines; line += kThreads) {
+    C sum = scratch.part[line * chunks];
+    for (int k = 1; k < chunks; k++) sum += scratch.part[line * chunks + k];
+    scratch.line[line] = sum;
+  }
+  __syncthreads();
+}
+
+// emit(c, sum of W[r, c] scratch.line[r]) for each column of the slabs in the batch; a column is always the same
+// thread's. Columns that are fewer than threads are shared by several.
+template <class T, class F>
+__device__ void sums(const T* w, int slabs, int rows, int columns, Scratch<Compute<T>>& scratch, const F& emit) {
+  using C = Compute<T>;
+  const int all = slabs * columns;
+  int width = kThreads;  // threads side by side
+  while (width > 1 && width / 2 >= all) width /= 2;
+  const int group = threadIdx.x / width, groups = kThreads / width;
+  for (int begin = 0; begin < all; begin += width) {
+    const int c = begin + static_cast<int>(threadIdx.x) % width;
+    C sum[4] = {};
+    if (c < all) {
+      const int slab = slabs == 1 ? 0 : c / columns;
+      const T* at = w + slab * rows * columns + (c - slab * columns);
+      int r = group;
+      for (; r + 3 * groups < rows; r += 4 * groups) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum[k] += scratch.line[r + k * groups] * widen(at[(r + k * groups) * columns]);
+      }
+      for (; r < rows; r += groups) sum[0] += scratch.line[r] * widen(at[r * columns]);
+    }
+    C value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if (groups > 1) {
+      scratch.sum[threadIdx.x] = value;
+      __syncthreads();
+      if (group == 0)
+        for (int g = 1; g < groups; g++) value += scratch.sum[g * width + threadIdx.x];
+      __syncthreads();
+    }
+    if (group == 0 && c < all) emit(c, value);
+  }
+}
+
+// The power of two that brings a number of this size near one. The range in which products with W stay in the range of
+// float without it is left alone.
+__device__ inline int exponent_of(double largest) {
+  if (!(largest > 0) || largest - largest != 0) return kNoExponent;
+  return ilogb(largest);
+}
+constexpr int kSafeExponent = 32;
+
+template <class T>
+__device__ void product(const Forward<T>& f, const Step& step, int index, const Options& o, const Chip& chip, int used,
+                        bool loaded) {
+  using C = Compute<T>;
+  __shared__ Scratch<C> scratch;
+  const Cut& cut = f.cut;
+  const Work<C> work(f.work, cut);
+  const Tile tile(cut, index);
+  const bool both = step.dots && step.sums, dots_first = both && !f.x_first, sums_first = both && f.x_first;
+  Vector<C> x{f.x0 + (f.inner ? 0 : tile.column), 1, f.inner, cut.columns()}, y{f.y0 + tile.row};
+  if (step.second) {
+    const Lengths lengths(f, work, step.iteration, o.eps, true);
+    x = {work.z + tile.column, static_cast<C>(lengths.z)};
+    y = {work.t + tile.row, static_cast<C>(lengths.t)};
+  } else if (step.iteration > 0) {
+    const Lengths lengths(f, work, step.iteration - 1, o.eps, false);
+    x = {work.z + tile.column, static_cast<C>(lengths.z)};
+    y = {work.t + tile.row, static_cast<C>(lengths.t)};
+  }
+  const int64_t shift = x.inner ? tile.column : 0;  // a column that is looked up counts from the first of W
+  const auto column = [&](int64_t j) { return x[shift + j]; };
+  struct Columns {
+    const decltype(column)& at;
+    __device__ C operator[](int j) const { return at(j); }
+  };
+  C* const t = work.t_part + static_cast<int64_t>(tile.t_part) * cut.m + tile.row;
+  C* const z = work.z_part + static_cast<int64_t>(tile.z_part) * cut.columns() + tile.column;
+  C* const acc = reinterpret_cast<C*>(chip.acc);
+  const bool t_complete = cut.t_parts() == 1, z_complete = cut.z_parts() == 1;
+  const int slabs = static_cast<int>(tile.slabs), bytes = batch_bytes<T>(cut);
+  double t2 = 0, z2 = 0;
+  int exponent = kNoExponent;
+
+  for (int first = 0, k = 0; first < tile.lines(); first += cut.lines, k++) {
+    const int lines = min(cut.lines, tile.lines() - first), rows = lines / slabs;
+    const bool last = first + lines == tile.lines();
+    unsigned char* place = chip.place(used, k, bytes);
+    T* const w = reinterpret_cast<T*>(place ? place : chip.stream);
+    if (!place || !loaded) load_lines(w, f.w + tile.offset + first * cut.b, lines, tile.columns, cut.b);
+    if (step.sums && !dots_first)
+      for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = y[first + r];
+    __syncthreads();
+
+    const auto times_x = [&](const auto& vector) {  // t, and its largest value
+      dots(w, lines, rows, tile.columns, vector, scratch);
+      double largest = 0;
+      for (int r = threadIdx.x; r < rows; r += kThreads) {
+        C value = scratch.line[r];
+        for (int s = 1; s < slabs; s++) value += scratch.line[s * rows + r];
+        scratch.line[r] = value;  // no other thread reads or writes it
+        t[first + r] = value;
+        t2 += static_cast<double>(value) * static_cast<double>(f.n_iter ? value : f.y0[tile.row + first + r]);
+        largest = fmax(largest, fabs(static_cast<double>(value)));
+      }
+      return largest;
+    };
+
+    int up = 0;  // of the sums of the batches before
+    if (dots_first) {
+      const double largest = block_max<kThreads>(times_x(Columns{column}));
+      const int now = exponent_of(largest);
+      if (now != kNoExponent && exponent == kNoExponent) {
+        exponent = abs(now) <= kSafeExponent ? 0 : now;
+      } else if (now > exponent + kSafeExponent) {
+        up = exponent - now;
+        exponent = now;
+      }
+      if (exponent != kNoExponent && exponent != 0)
+        for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = ldexp(scratch.line[r], -exponent);
+      __syncthreads();
+    } else if (step.dots && !sums_first) {
+      times_x(Columns{column});
+    }
+    if (step.sums) {
+      double largest = 0;
+      sums(w, slabs, rows, tile.columns, scratch, [&](int c, C value) {
+        if (first > 0) value += up ? ldexp(acc[c], up) : acc[c];
+        if (!last) {
+          acc[c] = value;
+          return;
+        }
+        z[c] = value;
+        z2 += static_cast<double>(value) * static_cast<double>(value);
+        largest = fmax(largest, fabs(static_cast<double>(value)));
+      });
+      if (sums_first) {
+        const int now = exponent_of(block_max<kThreads>(largest));  // its barriers show z to the block
+        exponent = now == kNoExponent || abs(now) > kSafeExponent ? now : 0;
+        const int down = exponent == kNoExponent ? 0 : -exponent;
+        struct Scaled {
+          const C* z;
+          int down;
+          __device__ C operator[](int j) const { return down ? ldexp(z[j], down) : z[j]; }
+        };
+        times_x(Scaled{z, down});
+      }
+    }
+    __syncthreads();  // the next batch comes into the same place
+  }
+  const int64_t slot = step.iteration % 2 * cut.tiles() + index;
+  if (step.dots && t_complete) {
+    t2 = block_sum<kThreads>(t2);
+    if (threadIdx.x == 0) work.t2[slot] = t2;
+  }
+  if (step.sums && z_complete) {
+    z2 = block_sum<kThreads>(z2);
+    if (threadIdx.x == 0) work.z2[slot] = z2;
+  }
+  if (both && threadIdx.x == 0) {
+    work.exponents[index] = exponent;
+    if (cut.tiles() == 1) *work.exponent = exponent;
+  }
+}
+
+}  // namespace wx::gpu::sn
