@@ -1,10 +1,15 @@
-// Fibers: stacks, the switch between them, and what the sanitizers have to know about both. For simt.cpp.
+// Fibers: stacks, the switch between them, and what the sanitizers have to know about both; the hand-over between OS
+// threads. For simt.cpp.
 #pragma once
 #include "simt.h"
 
 #include <link.h>
+#include <linux/futex.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <deque>
 #include <stdexcept>
 
@@ -78,6 +83,23 @@ simt_switch:
 .text
 )");
 #endif
+
+// The right to run. A futex by hand: the sanitizer would take any other lock for synchronisation between the blocks.
+class Baton {
+ public:
+  void wait() {
+    while (!up_.load()) futex(FUTEX_WAIT_PRIVATE, 0);
+    up_.store(0);
+  }
+  void pass() {
+    up_.store(1);
+    futex(FUTEX_WAKE_PRIVATE, 1);
+  }
+
+ private:
+  std::atomic<int> up_{0};
+  void futex(int operation, int value) { syscall(SYS_futex, &up_, operation, value, nullptr, nullptr, 0); }
+};
 
 // What every fiber does first on its stack.
 void arrived([[maybe_unused]] void* fake_stack) {

@@ -2,11 +2,6 @@
 // hand-overs then order nothing, and only what the annotations say counts as synchronisation between CUDA threads.
 #include "fiber.h"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -19,6 +14,10 @@ namespace simt {
 
 Thread* current = nullptr;
 BlockView* block = nullptr;
+
+struct Lanes {
+  uint64_t values[kWarp];
+};
 
 namespace {
 
@@ -52,7 +51,7 @@ struct Exchange {
   unsigned mask = 0;
   const char* what = nullptr;
   Barrier barrier;
-  uint64_t values[2][kWarp];  // of even and odd generations: a fast lane may be one exchange ahead
+  Lanes lanes[2];  // of even and odd generations: a fast lane may be one exchange ahead
 };
 
 struct Worker;
@@ -72,23 +71,6 @@ struct Block : BlockView {
 };
 
 Block& here() { return *static_cast<Block*>(block); }
-
-// The right to run. A futex by hand: the sanitizer would take any other lock for synchronisation between the blocks.
-class Baton {
- public:
-  void wait() {
-    while (!up_.load()) futex(FUTEX_WAIT_PRIVATE, 0);
-    up_.store(0);
-  }
-  void pass() {
-    up_.store(1);
-    futex(FUTEX_WAKE_PRIVATE, 1);
-  }
-
- private:
-  std::atomic<int> up_{0};
-  void futex(int operation, int value) { syscall(SYS_futex, &up_, operation, value, nullptr, nullptr, 0); }
-};
 
 enum State { kReady, kAtGridSync, kFinished };
 
@@ -284,7 +266,7 @@ void block_barrier(Place place) {
   if (!is_dropped(place, "__syncthreads")) wait(here().barrier, here().alive, true, place.line);
 }
 
-const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place) {
+const Lanes* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place) {
   if (place.file && is_dropped(place, what)) return nullptr;
   Block& b = here();
   const unsigned lane = me().rank % kWarp, first = me().rank - lane;
@@ -303,10 +285,12 @@ const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool o
   if (e->barrier.arrived == 0) e->what = what;
   if (e->what != what) fail("lanes of one warp are in different shuffles");
   const unsigned parity = e->barrier.generation & 1;
-  e->values[parity][lane] = value;
+  e->lanes[parity].values[lane] = value;
   wait(e->barrier, __builtin_popcount(mask), ordered, place.line);
-  return e->values[parity];
+  return &e->lanes[parity];
 }
+
+uint64_t value_of(const Lanes* lanes, unsigned lane) { return lanes->values[lane]; }
 
 void grid_barrier(Place place) {
   Block& b = here();

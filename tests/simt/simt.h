@@ -61,8 +61,11 @@ struct Place {
 
 void block_barrier(Place place);
 void grid_barrier(Place place);
-// Every lane's value, once all lanes of the mask have come; `ordered`: what they wrote is seen, too.
-const uint64_t* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place);
+// Every lane's value, once all lanes of the mask have come; `ordered`: what they wrote is seen, too. Only simt.cpp
+// reads them: the race check sees accesses from here, and would miss their order.
+struct Lanes;
+const Lanes* exchange(unsigned mask, uint64_t value, const char* what, bool ordered, Place place);
+uint64_t value_of(const Lanes* lanes, unsigned lane);
 [[noreturn]] void fail(const char* what);
 
 struct Launch {
@@ -95,10 +98,11 @@ T shuffle(unsigned mask, T value, const char* what, const F& source) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const uint64_t* all = exchange(mask, bits, what, false, {});
+  const Lanes* all = exchange(mask, bits, what, false, {});
   const unsigned from = source(current->rank % kWarp) % kWarp;
   if (!(mask >> from & 1)) fail("a shuffle reads from a lane that is not in its mask");
-  std::memcpy(&value, &all[from], sizeof(T));
+  bits = value_of(all, from);
+  std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
@@ -186,10 +190,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
                        [&](unsigned lane) { return (lane & (width - 1u)) >= by ? lane - by : lane; });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* all = simt::exchange(mask, predicate != 0, "__ballot_sync", false, {});
+  const simt::Lanes* all = simt::exchange(mask, predicate != 0, "__ballot_sync", false, {});
   unsigned bits = 0;
   for (unsigned lane = 0; lane < simt::kWarp; lane++)
-    if (mask >> lane & 1) bits |= static_cast<unsigned>(all[lane]) << lane;
+    if (mask >> lane & 1) bits |= static_cast<unsigned>(simt::value_of(all, lane)) << lane;
   return bits;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
