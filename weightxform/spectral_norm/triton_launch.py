@@ -57,6 +57,7 @@ def _check_weights(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
     for weight, dim in zip(weights, dims, strict=True):
         _check(weight.dtype == dtype and weight.device == device, "weights must have one dtype and one device")
         _check(0 <= dim < weight.dim(), "dim is out of range")
+        _check(weight.numel() < 2**31, "a weight of 2^31 elements is more than the Triton kernels address")
 
 
 def _readable(weight: Tensor, dim: int, plan: Any) -> tuple[Tensor, Any]:
@@ -69,13 +70,13 @@ def _readable(weight: Tensor, dim: int, plan: Any) -> tuple[Tensor, Any]:
     raise AssertionError("a contiguous tensor has a layout")
 
 
-def _like(results: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """``results`` in the order in memory that ``empty_like`` of the weight has."""
-    found = []
-    for result, weight in zip(results, weights, strict=True):
-        wanted = torch.empty_like(weight, dtype=result.dtype, device="meta").stride()
-        same = result.stride() == wanted
-        found.append(result if same else torch.empty_like(weight, dtype=result.dtype).copy_(result))
+def _like(results: Sequence[Tensor], read: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, which lie as ``read`` does, in the order in memory that ``empty_like`` of the weight has."""
+    found = list(results)
+    for i, (w, weight) in enumerate(zip(read, weights, strict=True)):
+        if w is not weight:
+            like = torch.empty_like(weight, dtype=found[i].dtype)
+            found[i] = found[i] if like.stride() == found[i].stride() else like.copy_(found[i])
     return found
 
 
@@ -153,7 +154,7 @@ def _forward(
             plan.table, pointers, numbers, sums, state, last.at, T=T, C=C, TO=TO, WRITE=write, ALIGNED=fast,
             TILE=planning.elementwise_tile(dtype), num_warps=WARPS,
         )  # fmt: skip
-        return _like(outs, weights) if write else [], state
+        return _like(outs, read, weights) if write else [], state
 
 
 def forward_list(weights, us, vs, gains, dims, n_iters, eps, v_first, bound, out_dtype) -> tuple[list[Tensor], Tensor]:
@@ -223,7 +224,7 @@ def backward_list(douts, weights, state, offsets, gains, dims, bound) -> tuple[l
             plan.table, pointers, sums, state, dgains, update.at, T=T, G=G, C=C, KINDS=update.kinds, TILE=tile,
             num_warps=WARPS,
         )  # fmt: skip
-        return _like(dweights, weights), dgains
+        return _like(dweights, read, weights), dgains
 
 
 def _as_list(gain: Tensor | None) -> list[Tensor]:
