@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,18 @@ from .transform import Transform
 
 if TYPE_CHECKING:
     from .bucket import Bucket
+
+
+_computing = threading.RLock()  # one thread at a time: a state takes one step, and a group changes many slots
+
+
+def _after_fork() -> None:
+    global _computing
+    _computing = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Slot:
@@ -192,6 +206,19 @@ class Slot:
     def _compute(
         self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool = False
     ) -> Tensor:
+        if _computing.acquire(blocking=False):
+            served = None
+        else:  # another thread computes, perhaps this one
+            _computing.acquire()
+            served = (self.state if folded else self.weight).serve(raw, transform, name)
+        try:
+            return self._compute_alone(module, name, raw, transform, folded) if served is None else served
+        finally:
+            _computing.release()
+
+    def _compute_alone(
+        self, module: nn.Module, name: str, raw: Tensor | None, transform: nn.Module, folded: bool
+    ) -> Tensor:
         self._notice_fsdp(module, raw)
         place = self.state if folded else self.weight
         again = self._again(place, raw, transform) if self.bucket is None else self.bucket.again(place)
@@ -200,7 +227,7 @@ class Slot:
         if self.bucket is None:
             return compute([self.job(module, name, raw, transform, folded)])[0]
         job = self.job(module, name, raw, transform, folded)
-        jobs = self.bucket.jobs(job) if job.keeps else [job]
+        jobs = self.bucket.jobs(job) if job.keeps and not in_backward() else [job]  # where the others could not advance
         value = compute(jobs)[jobs.index(job)]
         self.bucket.remember(jobs)
         return value
