@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a spawned pro
 from computed_oracle import iterations, linear, randn, set_raw, state_of, unsettle
 
 import weightxform as wx
+from weightxform.spectral_norm.repeated import Prepared
 
 WORLD = 2
 ROWS = 3  # of the batch, on each rank
@@ -43,11 +44,11 @@ def spawn(worker: Callable, folder: str) -> None:
     mp.spawn(worker, (folder,), nprocs=WORLD)
 
 
-def model(constrain: bool, cache: bool = True) -> nn.Sequential:
+def model(constrain: bool, cache: bool = True, accumulate_grad: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     if constrain:
-        wx.constrain(net, wx.SpectralNorm)
+        wx.constrain(net, wx.SpectralNorm, accumulate_grad=accumulate_grad)
     else:
         for i in LAYERS:
             net[i].weight = wx.ComputedParameter(net[i].weight, wx.SpectralNorm(cache=cache))
@@ -112,6 +113,36 @@ def ddp_steps(rank: int, constrain: bool, options: dict, micro: int = 1, two_for
             stepper.step()
 
 
+def ddp_accumulating(rank: int, options: dict) -> None:
+    """Micro-batches with gradients that the kernel adds to, against the plain weights of one process."""
+    ours, alone = model(True, accumulate_grad=True), model(False)
+    wrapped = DistributedDataParallel(ours, **options)
+    steppers = optimizers(ours, alone)
+    added: list[int] = []
+    backward = Prepared.backward
+
+    def watched(self: Prepared, douts: list, which: list, state: Tensor, into: list) -> tuple:
+        added.append(len(into))
+        return backward(self, douts, which, state, into)
+
+    Prepared.backward = watched  # type: ignore[method-assign]
+    try:
+        for step in range(4):
+            for stepper in steppers:
+                stepper.zero_grad(set_to_none=step % 2 == 0)
+            for m in range(3):
+                x, g = batch(10 * step + m)
+                with wrapped.no_sync() if m < 2 else nullcontext():
+                    wrapped(part(x, rank)).backward(part(g, rank))
+                alone(x).backward(g)
+            same(ours, alone, f"accumulating {options} step {step}")
+            for stepper in steppers:
+                stepper.step()
+    finally:
+        Prepared.backward = backward  # type: ignore[method-assign]
+    assert added.count(len(LAYERS)) >= 6, added
+
+
 class WithUnused(nn.Module):
     """A layer that the forward does not read; constrained together with those that it does."""
 
@@ -166,6 +197,8 @@ def ddp(rank: int, folder: str) -> None:
             ddp_steps(rank, constrain, {"find_unused_parameters": True, "broadcast_buffers": False})
             ddp_steps(rank, constrain, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4})
             ddp_unused(rank, constrain)
+        for options in ({}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}, {"find_unused_parameters": True}):
+            ddp_accumulating(rank, options)
 
 
 # FSDP2
