@@ -233,3 +233,22 @@ def test_train_once_more_is_no_change(count):
         model.train()
         run(model, step), write(model, step)
     assert count.forwards == [4, 4]
+
+
+@pytest.mark.parametrize("alive", [False, True], ids=["", "graph alive"])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.float(), lambda m: m.load_state_dict(m.state_dict())], ids=["cast", "load"]
+)
+def test_swapping_parameters_on_conversion(convert, alive):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for model in (pair()[0], nn.Sequential(linear())):
+            for step in range(3):
+                write(model, step)
+                y = model[-1].weight
+                y.backward(randn(*y.shape), retain_graph=True)
+            y = y if alive else None
+            convert(model)
+            assert torch.isfinite(model[-1].weight).all()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

@@ -168,6 +168,13 @@ class Kept:
         self.values[row] = self.raws[row] = self.repeat = self.last = None
         self.complete = False
 
+    def release(self) -> None:
+        """What computes the values again holds tensors where ``swap_tensors`` does not want them: no more."""
+        for repeat in (self.repeat, self.last and self.last.repeat):
+            release = getattr(getattr(repeat, "__self__", None), "release", None)
+            if release is not None:
+                release()
+
     def drop_all(self) -> None:
         self.values = [None] * len(self.raws)
         self.complete = False

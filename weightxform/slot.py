@@ -97,6 +97,9 @@ class Slot:
     def forget(self) -> None:
         """Drop the values, and every reference to the raw tensor (``swap_tensors`` wants none)."""
         self.home = self.shared = None
+        for place in (self.weight, self.state):
+            if place.kept is not None:
+                place.kept.release()
         self.empty()
 
     def empty(self) -> None:

@@ -41,7 +41,7 @@ class Prepared:
 
     def __init__(self, handle: Tensor, arguments: tuple, accumulates: bool) -> None:
         weights, us, vs, gains, dims, n_iters, *_ = arguments
-        self.handle = handle
+        self.handle: Tensor | None = handle
         self.weights, self.gains, self.dims, self.bound = weights, gains, dims, arguments[8]
         self.vectors = [x for pair in zip(us, vs, strict=True) for x in pair] if any(n_iters) else []
         self.everyone = list(range(len(weights)))
@@ -61,7 +61,11 @@ class Prepared:
         return Prepared(handle, arguments, accumulates) if handle.numel() else None
 
     def usable(self) -> bool:
-        return backends.forced in (None, "cpu")
+        return self.handle is not None and backends.forced in (None, "cpu")
+
+    def release(self) -> None:
+        """Let go of the tensors, which somebody may want to swap; live graphs do without the kernel's copy."""
+        self.handle = None
 
     def forward(self) -> tuple[list[Tensor], Tensor]:
         """(outs, state); u and v are written. No outs, and nothing written, where a tensor has another layout now."""
