@@ -46,7 +46,7 @@ POINTERS = tl.constexpr(5)
 
 MAX_PARTS = tl.constexpr(512)  # partial sums of a member, which every later program adds up
 GATHER_ROWS, GATHER_COLUMNS = tl.constexpr(64), tl.constexpr(64)
-VECTOR = tl.constexpr(512)
+VECTOR = tl.constexpr(256)
 
 # Kinds of tile: 4 bucket + 2 (outer axis is the rows) + aligned. Only the kinds in the list are compiled.
 KIND_BUCKETS = 9
@@ -267,7 +267,7 @@ def products(
             if kind == k:
                 ROWS: tl.constexpr = (k // 2) % 2 == 1
                 IS_WIDE: tl.constexpr = k // 4 == WIDE
-                BI: tl.constexpr = (TILE // (8 if ROWS else 32)) if IS_WIDE else 64 << (k // 4)
+                BI: tl.constexpr = (TILE // (16 if ROWS else 32)) if IS_WIDE else 64 << (k // 4)
                 _products(
                     plan, seg, row, numbers, sums, block, T, C, FIRST, BI, TILE // BI, ROWS, k % 2 == 1, IS_WIDE
                 )  # fmt: skip

@@ -163,7 +163,7 @@ def forward_plan(
     for layout, n_iter, aligned in members:
         m, n, b, swapped = layout.m, layout.n, layout.b, layout.swapped
         rows = n_iter == 0 or v_first == swapped  # the outer axis is that of the rows
-        (outer, inner), height = ((m, n), 8) if rows else ((n, m), 32)
+        (outer, inner), height = ((m, n), 16) if rows else ((n, m), 32)
         bucket, length = 0, 64
         while length < inner:
             bucket, length = bucket + 1, 2 * length
