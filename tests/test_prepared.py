@@ -76,7 +76,7 @@ def test_the_prepared_forward_and_backward_are_the_ops_and_check_their_arguments
     ):
         with pytest.raises(RuntimeError, match=match):
             ops.spectral_norm_prepared_bwd(handle, *bad)
-    for no_handle in (torch.ones(1), torch.zeros(2, dtype=torch.uint8)):
+    for no_handle in (torch.ones(1), *(torch.zeros(n, dtype=torch.uint8) for n in (0, 1, 2))):
         with pytest.raises(RuntimeError, match="must be a handle"):
             ops.spectral_norm_prepared_fwd(no_handle)
     del given

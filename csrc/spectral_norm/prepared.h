@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,7 @@ inline Tensor vector(int64_t n, ScalarType dtype) { return allocate({n}, {1}, dt
 class Prepared {
  public:
   explicit Prepared(Members members) : m(std::move(members)) {
+    live(this, 1);
     for (size_t i = 0; i < m.weights.size(); i++) {
       sizes.push_back(to_dims(m.weights[i].sizes()));
       strides.push_back(to_dims(m.weights[i].strides()));
@@ -26,7 +28,17 @@ class Prepared {
       lengths.push_back(state_size(m.weights[i], m.dims[i]));
     }
   }
-  virtual ~Prepared() = default;
+  virtual ~Prepared() { live(this, -1); }
+
+  // Whether `p` is one: a handle may be any tensor. change: 1 for a new one, -1 for one that goes.
+  static bool live(const void* p, int change = 0) {
+    static auto* all = new std::unordered_set<const void*>;  // handles may outlive the static destructors
+    static auto* mutex = new std::mutex;
+    const std::lock_guard<std::mutex> guard(*mutex);
+    if (change > 0) all->insert(p);
+    if (change < 0) all->erase(p);
+    return all->count(p) > 0;
+  }
 
   // The state; the results go to `results`, the new u and v to where the old are. One thread at a time.
   virtual Tensor forward(const std::vector<Tensor>& results) = 0;
@@ -127,7 +139,7 @@ Tensor prepare(std::vector<Tensor> weights, std::vector<Tensor> us, std::vector<
 }
 
 Prepared& prepared_of(const Tensor& handle) {
-  check(handle.is_cpu() && handle.scalar_type() == ScalarType::Byte && handle.numel() == 1,
+  check(handle.is_cpu() && handle.scalar_type() == ScalarType::Byte && Prepared::live(handle.data_ptr()),
         "prepared must be a handle that spectral_norm_prepare returned");
   return *static_cast<Prepared*>(handle.data_ptr());
 }
