@@ -267,7 +267,7 @@ def products(
             if kind == k:
                 ROWS: tl.constexpr = (k // 2) % 2 == 1
                 IS_WIDE: tl.constexpr = k // 4 == WIDE
-                BI: tl.constexpr = (TILE // (16 if ROWS else 32)) if IS_WIDE else 64 << (k // 4)
+                BI: tl.constexpr = TILE // 32 if IS_WIDE else 64 << (k // 4)
                 _products(
                     plan, seg, row, numbers, sums, block, T, C, FIRST, BI, TILE // BI, ROWS, k % 2 == 1, IS_WIDE
                 )  # fmt: skip

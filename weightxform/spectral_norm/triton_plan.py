@@ -163,12 +163,12 @@ def forward_plan(
     for layout, n_iter, aligned in members:
         m, n, b, swapped = layout.m, layout.n, layout.b, layout.swapped
         rows = n_iter == 0 or v_first == swapped  # the outer axis is that of the rows
-        (outer, inner), height = ((m, n), 16) if rows else ((n, m), 32)
+        outer, inner = (m, n) if rows else (n, m)
         bucket, length = 0, 64
         while length < inner:
             bucket, length = bucket + 1, 2 * length
         if tile // length < (1 if rows else 32):
-            bucket, length = kernels.WIDE.value, tile // height
+            bucket, length = kernels.WIDE.value, tile // 32
         at_once = tile // length
         least = 8 if dtype.itemsize >= 4 else 16  # along the outer axis: parts of e are few against W
         groups = _ceil(max(at_once, least, _ceil(outer, PARTS)), at_once)
