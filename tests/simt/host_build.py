@@ -91,31 +91,38 @@ def compile_for_host(*flags: str) -> Path:
 
 def build_program(name: str, *flags: str) -> Path:
     """A program of this folder: NAME.cu."""
-    # clang's runtime in the program itself would lie between the __shared__ variables, see fiber.h
-    return build(name, [HERE / f"{name}.cu"], ["-shared-libsan"] if is_clang() else [], *flags)
+    link = []
+    if is_clang():  # its runtime in the program itself would lie between the __shared__ variables, see fiber.h
+        link = ["-shared-libsan", f"-Wl,-rpath,{runtime(*flags).parent}"]
+    return build(name, [HERE / f"{name}.cu"], link, *flags)
 
 
 def is_clang() -> bool:
     return "clang" in subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def environment(*preload: str, **options: str) -> dict[str, str]:
-    """What a sanitized library needs in a program that is not: the sanitizer's runtime before everything else."""
+def library_of_compiler(name: str) -> Path:
+    command = [*compiler(), f"-print-file-name={name}"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
-    def path(name: str) -> str:
-        command = [*compiler(), f"-print-file-name={name}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    return {**os.environ, "LD_PRELOAD": " ".join(map(path, preload)), "OMP_NUM_THREADS": "1", **options}
+def runtime(*flags: str) -> Path:
+    """The library of the sanitizer in ``flags``."""
+    sanitizer = "tsan" if RACES in flags else "asan"
+    name = f"libclang_rt.{sanitizer}-{platform.machine()}.so" if is_clang() else f"lib{sanitizer}.so"
+    return library_of_compiler(name)
 
 
 def sanitized(flags: tuple[str, ...], what: str, *arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
     """Compiles the kernels with ``flags`` and runs ``sanitized.py what LIBRARY arguments``, see there."""
-    sanitizer = "tsan" if RACES in flags else "asan"
-    runtime = f"libclang_rt.{sanitizer}-{platform.machine()}.so" if is_clang() else f"lib{sanitizer}.so"
     command = [*FIXED_ADDRESSES, sys.executable, str(HERE / "sanitized.py"), what, str(compile_for_host(*flags))]
-    # CPython and torch keep what they allocate at import.
-    env = environment(runtime, "libstdc++.so.6", **{"ASAN_OPTIONS": "detect_leaks=0", **options})
+    env = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime(*flags)} {library_of_compiler('libstdc++.so.6')}",
+        "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython and torch keep what they allocate at import
+        **options,
+    }
     return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
 
 

@@ -36,7 +36,18 @@ def barriers() -> str:
 
 
 def planted() -> str:
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE), "-k", "planted or correct", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=line",
+        str(HERE),
+        "-k",
+        "planted or correct",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 

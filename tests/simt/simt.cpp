@@ -1,9 +1,11 @@
 // The machine behind simt.h. It is compiled without the thread sanitizer in every build: its bookkeeping and its
-// hand-overs then order nothing, and only what the annotations say counts as synchronisation between CUDA threads.
+// hand-overs then order nothing, and only what the annotations say counts as synchronisation between CUDA threads. It
+// still sees memset, memmove and free in here: no CUDA thread may free or move what another one has made.
 #include "fiber.h"
 
 #include <cstdio>
 #include <cstdlib>
+#include <list>
 #include <memory>
 #include <set>
 #include <string>
@@ -61,8 +63,8 @@ struct Block : BlockView {
   Worker* worker = nullptr;
   Grid* all = nullptr;
   std::vector<Fiber> threads;
-  std::vector<unsigned> turns;              // the next thread to run after each
-  std::vector<std::deque<Exchange>> warps;  // of each warp, one for every mask in use
+  std::vector<unsigned> turns;             // the next thread to run after each
+  std::vector<std::list<Exchange>> warps;  // of each warp, one for every mask in use
   Barrier barrier;
   unsigned alive = 0, at_grid = 0;
   uint64_t idle = 0;  // switches since somebody got on
@@ -94,15 +96,14 @@ struct Grid {
   Worker* next();
 };
 
-std::vector<unsigned> permutation(unsigned n, unsigned seed) {
-  std::vector<unsigned> p(n);
+void permute(std::vector<unsigned>& p, unsigned seed) {
+  const unsigned n = p.size();
   for (unsigned i = 0; i < n; i++) p[i] = order == kReverse ? n - 1 - i : i;
   uint64_t state = seed * 77 + 1;
   for (unsigned i = n; order == kRandom && i > 1; i--) {
     state = state * 6364136223846793005u + 1;
     std::swap(p[i - 1], p[(state >> 33) % i]);
   }
-  return p;
 }
 
 // Which worker goes on; none if all have finished.
@@ -169,7 +170,7 @@ struct Known {
   Place place;
   bool dropped;
 };
-std::vector<Known> known;
+std::deque<Known> known;
 
 // Notes that the barrier was reached; true if it is the one to leave out.
 bool is_dropped(Place place, const char* kind) {
@@ -216,7 +217,8 @@ void run_block(Grid& grid, Worker& worker, unsigned number) {
   b.turns.resize(n);
   b.warps.resize((n + kWarp - 1) / kWarp);
   b.alive = n;
-  const std::vector<unsigned> turns = permutation(n, number);
+  std::vector<unsigned> turns(n);
+  permute(turns, number);
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = b.threads[i];
     f.rank = i;
@@ -274,7 +276,7 @@ const Lanes* exchange(unsigned mask, uint64_t value, const char* what, bool orde
   for (unsigned i = 0; i < kWarp; i++)
     if (mask >> i & 1 && (first + i >= b.threads.size() || b.threads[first + i].done))
       fail("a shuffle names a lane that the block does not have, or that has returned");
-  std::deque<Exchange>& warp = b.warps[me().rank / kWarp];
+  std::list<Exchange>& warp = b.warps[me().rank / kWarp];
   Exchange* e = nullptr;
   for (Exchange& known : warp)
     if (known.mask == mask) e = &known;
@@ -306,7 +308,7 @@ void grid_barrier(Place place) {
     if (++grid.barrier.arrived == grid.workers.size()) {
       open(grid.barrier);
       for (Worker& w : grid.workers) w.state = kReady;
-      grid.turns = permutation(grid.workers.size(), 7 + grid.barrier.generation);
+      permute(grid.turns, 7 + grid.barrier.generation);
       grid.turn = grid.workers.size() - 1;
     }
     hand_over(grid, *b.worker);
@@ -343,7 +345,8 @@ void run(const Launch& launch) {
   if (!launch.cooperative) workers = std::min(blocks, std::max<size_t>(2, kFibers / threads));
 #endif
   Grid grid{launch, {}, {}, 0, {}, {}};
-  const std::vector<unsigned> turns = permutation(blocks, 7);
+  std::vector<unsigned> turns(blocks);
+  permute(turns, 7);
   for (size_t i = 0; i < workers; i++) {
     Worker& w = grid.workers.emplace_back();
     w.number = i;
