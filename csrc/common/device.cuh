@@ -2,6 +2,7 @@
 // tests/simt/ compiles the same source for the host, where simt.h stands for the GPU.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -91,6 +92,14 @@ using Compute = typename ComputeType<T>::type;
 __device__ inline int64_t divide(int64_t x, int64_t y) {
   if (((x | y) >> 32) == 0) return static_cast<uint32_t>(x) / static_cast<uint32_t>(y);
   return x / y;
+}
+
+template <class To, class From>
+__device__ To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
 }
 
 template <class T, int N>

@@ -56,7 +56,7 @@ __device__ P load_pack(const T* at, bool wide, int n) {
 template <class G, class T>
 __device__ void inner(const Backward<G, T>& f, int piece, G* kept) {
   using C = Compute<T>;
-  constexpr int kWide = 16 / (sizeof(G) > sizeof(T) ? sizeof(G) : sizeof(T)), kAtOnce = 4;
+  constexpr int kWide = 16 / (sizeof(G) > sizeof(T) ? sizeof(G) : sizeof(T)), kAtOnce = kWide > 4 ? 2 : 4;
   using Gs = Pack<G, kWide>;
   using Ts = Pack<T, kWide>;
   const int64_t begin = piece * f.piece;
@@ -93,7 +93,7 @@ __device__ void inner(const Backward<G, T>& f, int piece, G* kept) {
 template <class G, class T>
 __device__ void update(const Backward<G, T>& f, int piece, const BackwardOptions& o, const G* kept) {
   using C = Compute<T>;
-  constexpr int kWide = 16 / (sizeof(G) > sizeof(T) ? sizeof(G) : sizeof(T)), kAtOnce = 2;
+  constexpr int kWide = 16 / (sizeof(G) > sizeof(T) ? sizeof(G) : sizeof(T)), kAtOnce = kWide > 4 ? 1 : 2;
   using Gs = Pack<G, kWide>;
   using Ts = Pack<T, kWide>;
   const double radial = total(f.sums, f.pieces()), gain = f.gain ? static_cast<double>(*f.gain) : 1.0;

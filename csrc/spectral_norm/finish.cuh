@@ -30,7 +30,7 @@ __device__ void gather(const C* parts, int n_parts, int64_t n, const int* expone
     C value = 0;
     if (i < n) {
       if (scaled) {
-        for (int k = warp; k < n_parts; k += kWarps) value += ldexp(parts[k * n + i], max(exponents[k] - most, -4096));
+        for (int k = warp; k < n_parts; k += kWarps) value += power_of_two<C>(exponents[k] - most) * parts[k * n + i];
       } else {
 #pragma unroll 8
         for (int k = warp; k < n_parts; k += kWarps) value += parts[k * n + i];
@@ -67,16 +67,16 @@ __device__ void gather(const Forward<T>& f, const Step& step, int index) {
 
 // out = s w, n numbers side by side.
 template <class T, class O>
-__device__ void scale_line(const T* w, O* out, int64_t n, Compute<T> s) {
-  constexpr int kWide = 16 / (sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O)), kAtOnce = 4;
+__device__ void scale_line(const T* w, O* out, int n, Compute<T> s) {
+  constexpr int kWide = 16 / (sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O)), kAtOnce = kWide > 4 ? 2 : 4;
   using From = Pack<T, kWide>;
   using To = Pack<O, kWide>;
-  int64_t done = 0;
+  int done = 0;
   if (aligned(w, sizeof(From)) && aligned(out, sizeof(To))) {
     const From* from = reinterpret_cast<const From*>(w);
     To* to = reinterpret_cast<To*>(out);
-    const int64_t packs = n / kWide;
-    for (int64_t i = threadIdx.x; i < packs; i += kAtOnce * kThreads) {
+    const int packs = n / kWide;
+    for (int i = threadIdx.x; i < packs; i += kAtOnce * kThreads) {
       From x[kAtOnce];
 #pragma unroll
       for (int k = 0; k < kAtOnce; k++)
@@ -92,7 +92,8 @@ __device__ void scale_line(const T* w, O* out, int64_t n, Compute<T> s) {
     }
     done = packs * kWide;
   }
-  for (int64_t i = done + threadIdx.x; i < n; i += kThreads) narrow(static_cast<Compute<T>>(widen(w[i]) * s), out[i]);
+  for (int i = done + static_cast<int>(threadIdx.x); i < n; i += kThreads)
+    narrow(static_cast<Compute<T>>(widen(w[i]) * s), out[i]);
 }
 
 template <class T, class O>
@@ -104,12 +105,9 @@ __device__ void scale_tile(const Forward<T>& f, O* out, int index, const Chip& c
     const int lines = min(cut.lines, tile.lines() - first);
     const int64_t at = tile.offset + first * cut.b;
     const T* place = reinterpret_cast<const T*>(chip.place(used, k, bytes));
-    if (tile.columns == cut.b) {
-      scale_line(place ? place : f.w + at, out + at, static_cast<int64_t>(lines) * cut.b, s);
-    } else {
-      for (int i = 0; i < lines; i++)
-        scale_line(place ? place + i * tile.columns : f.w + at + i * cut.b, out + at + i * cut.b, tile.columns, s);
-    }
+    const int runs = tile.columns == cut.b ? 1 : lines, run = lines / runs * tile.columns;
+    for (int i = 0; i < runs; i++)
+      scale_line(place ? place + i * run : f.w + at + i * cut.b, out + at + i * cut.b, run, s);
   }
 }
 

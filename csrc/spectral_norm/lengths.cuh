@@ -6,6 +6,27 @@ namespace wx::gpu::sn {
 
 constexpr int kNoExponent = -(1 << 20);  // of zeros
 
+// 2^k; 0 where that is too small.
+__device__ inline void power(int k, float& out) { out = k < -126 ? 0.0f : bit_cast<float>((k + 127) << 23); }
+__device__ inline void power(int k, double& out) {
+  out = k < -1022 ? 0.0 : bit_cast<double>(static_cast<int64_t>(k + 1023) << 52);
+}
+template <class C>
+__device__ C power_of_two(int k) {
+  C x;
+  power(k, x);
+  return x;
+}
+
+// The power of two that brings numbers of this size near one. Sizes whose products with W stay in range are left alone.
+template <class C>
+__device__ int exponent_of(double largest) {
+  if (!(largest > 0) || largest - largest != 0) return kNoExponent;
+  const int exponent = static_cast<int>(bit_cast<int64_t>(largest) >> 52) - 1023, most = sizeof(C) == 4 ? 120 : 1000;
+  return max(-most, min(most, exponent));
+}
+constexpr int kSafeExponent = 32;
+
 __device__ inline double total(const double* parts, int n) {
   double sum = 0;
   for (int i = threadIdx.x; i < n; i += kThreads) sum += parts[i];
@@ -43,7 +64,7 @@ struct Lengths {
     double scale = 1;
     if (fused) {  // the second came from the first before that had unit length, and was divided by 2^exponent
       const int exponent = *work.exponent;
-      scale = ldexp(1.0, exponent == kNoExponent ? 0 : exponent) / unit;
+      scale = power_of_two<double>(exponent == kNoExponent ? 0 : exponent) / unit;
     }
     const double length = scale * second, divisor = at_least(length, eps);
     second_factor = scale / divisor;
@@ -68,9 +89,10 @@ template <class C>
 struct Vector {
   const C* p;
   C factor = 1;
-  int64_t inner = 0, columns = 0;
+  int64_t inner = 0, columns = 0, shift = 0;
 
   __device__ C operator[](int64_t c) const {
+    c += shift;
     if (inner) {
       const int64_t outer = divide(c, inner);
       c = (c - outer * inner) * divide(columns, inner) + outer;

