@@ -12,6 +12,7 @@
 #include <atomic>
 #include <deque>
 #include <stdexcept>
+#include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -83,6 +84,20 @@ simt_switch:
 .text
 )");
 #endif
+
+enum Order { kForward, kReverse, kRandom };
+Order order = kForward;
+
+// Who comes after whom.
+void permute(std::vector<unsigned>& p, unsigned seed) {
+  const unsigned n = p.size();
+  for (unsigned i = 0; i < n; i++) p[i] = order == kReverse ? n - 1 - i : i;
+  uint64_t state = seed * 77 + 1;
+  for (unsigned i = n; order == kRandom && i > 1; i--) {
+    state = state * 6364136223846793005u + 1;
+    std::swap(p[i - 1], p[(state >> 33) % i]);
+  }
+}
 
 // The right to run. A futex by hand: the sanitizer would take any other lock for synchronisation between the blocks.
 class Baton {

@@ -19,24 +19,16 @@ from weightxform.verify import check_case, make_args
 
 CASES = [(name, case) for name in cuda_ops() for case in OPS[name].cases if "large" not in case]
 
-# Matrices of which a block takes several tiles, one after the other.
-LONG = {"wide": (2, 70_000), "tall": (40_000, 2)}
+# Matrices of which a block takes several tiles, one after the other; and one whose products have to be scaled.
+MORE = {"wide": ((2, 70_000), 1.0), "tall": ((40_000, 2), 1.0), "huge": ((300, 100), 2.0**60)}
 
 
 def arguments(name: str, case: str) -> tuple:
-    if case not in LONG:
+    if case not in MORE:
         return make_args(OPS[name], case, torch.float32, "cpu")
-    generator = torch.Generator().manual_seed(0)
-    return (
-        *make_inputs(LONG[case], 0, torch.float32, torch.device("cpu"), generator),
-        None,
-        0,
-        1,
-        1e-12,
-        False,
-        None,
-        None,
-    )
+    shape, scale = MORE[case]
+    weight, u, v = make_inputs(shape, 0, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    return scale * weight, u, v, None, 0, 1, 1e-12, False, None, None
 
 
 def cases(gpu: HostGPU, dtypes: list[str]) -> bool:
@@ -68,7 +60,7 @@ def barriers(gpu: HostGPU, log: str) -> bool:
 
     kinds: dict[str, str] = {}
     reached: dict[str, list[tuple[str, str]]] = {}
-    for name, case in [*CASES, *(("spectral_norm_fwd", long) for long in LONG)]:
+    for name, case in [*CASES, *(("spectral_norm_fwd", more) for more in MORE)]:
         if run(name, case, None, "forward"):
             print(f"{name}-{case}: a race, and no barrier was left out")
             return False

@@ -27,9 +27,6 @@ namespace {
 constexpr unsigned kFibers = 192;  // at once: clang's runtime has 256 slots
 #endif
 
-enum Order { kForward, kReverse, kRandom };
-Order order = kForward;
-
 struct Device {
   int sms = 4, shared_bytes = 64 << 10;
   bool cooperative = true;
@@ -38,8 +35,8 @@ constexpr int kBlocksOfSM = 2, kThreadsOfSM = 2048;
 constexpr size_t kLittleShared = 48 << 10;  // more dynamic shared memory has to be asked for
 std::set<const void*> much_shared;          // the kernels for which resident_blocks() did
 
-std::set<std::string> barriers;  // those reached: "file:line kind", of the path only the last part
-std::string dropped;             // "file:line"
+std::string dropped_file;  // without its folder
+int dropped_line = 0;
 
 // Its two addresses alternate: with one, a thread that is already at the next barrier would be ordered before one that
 // has not left this one.
@@ -95,16 +92,6 @@ struct Grid {
 
   Worker* next();
 };
-
-void permute(std::vector<unsigned>& p, unsigned seed) {
-  const unsigned n = p.size();
-  for (unsigned i = 0; i < n; i++) p[i] = order == kReverse ? n - 1 - i : i;
-  uint64_t state = seed * 77 + 1;
-  for (unsigned i = n; order == kRandom && i > 1; i--) {
-    state = state * 6364136223846793005u + 1;
-    std::swap(p[i - 1], p[(state >> 33) % i]);
-  }
-}
 
 // Which worker goes on; none if all have finished.
 Worker* Grid::next() {
@@ -166,21 +153,27 @@ void wait(Barrier& b, unsigned expected, bool ordered, int line) {
   if (ordered) acquire(at);
 }
 
+// The barriers reached since simt_drop().
 struct Known {
   Place place;
+  const char* kind;
   bool dropped;
-};
-std::deque<Known> known;
+} known[1024];
+size_t known_count = 0;
+
+const char* name_of(const char* file) {
+  const char* slash = std::strrchr(file, '/');
+  return slash ? slash + 1 : file;
+}
 
 // Notes that the barrier was reached; true if it is the one to leave out.
 bool is_dropped(Place place, const char* kind) {
-  for (const Known& k : known)
-    if (k.place.line == place.line && k.place.file == place.file) return k.dropped;
-  const char* slash = std::strrchr(place.file, '/');
-  const std::string name = std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
-  barriers.insert(name + " " + kind);
-  known.push_back({place, name == dropped});
-  return known.back().dropped;
+  for (size_t i = 0; i < known_count; i++)
+    if (known[i].place.line == place.line && known[i].place.file == place.file) return known[i].dropped;
+  if (known_count == std::size(known)) fail("more barriers than simt.cpp has places for");
+  const bool dropped = place.line == dropped_line && !std::strcmp(name_of(place.file), dropped_file.c_str());
+  known[known_count++] = {place, kind, dropped};
+  return dropped;
 }
 
 void thread_main() {
@@ -383,14 +376,20 @@ SIMT_EXPORT void simt_device(int sms, int shared_bytes, int cooperative) {
 }
 
 SIMT_EXPORT const char* simt_barriers() {
+  using namespace simt;
+  std::set<std::string> lines;  // a place in a header has a name in every source
+  for (const Known *k = known, *end = known + known_count; k < end; k++)
+    lines.insert(name_of(k->place.file) + (":" + std::to_string(k->place.line)) + " " + k->kind);
   static std::string text;
   text.clear();
-  for (const std::string& b : simt::barriers) text += b + "\n";
+  for (const std::string& line : lines) text += line + "\n";
   return text.c_str();
 }
 
 SIMT_EXPORT void simt_drop(const char* place) {
-  simt::dropped = place ? place : "";
-  simt::known.clear();
-  simt::barriers.clear();
+  const std::string text = place ? place : ":0";
+  const size_t colon = text.rfind(':');
+  simt::dropped_file = text.substr(0, colon);
+  simt::dropped_line = std::atoi(text.c_str() + colon + 1);
+  simt::known_count = 0;
 }
