@@ -105,7 +105,7 @@ __device__ void update(const Backward<G, T>& f, int piece, const BackwardOptions
   const G* g = kept ? kept : f.g + begin;
   T* dw = f.dw + begin;
   const bool wide_g = aligned(g, sizeof(Gs)), wide_w = aligned(dw, sizeof(Ts));
-  const Vector<C> x{f.x, 1, f.inner, f.columns};
+  const Vector<C> x = turned(f.x, f.inner, f.columns, 0);
   for (int i = threadIdx.x * kWide; i < n; i += kAtOnce * kThreads * kWide) {
     Gs gs[kAtOnce];
 #pragma unroll

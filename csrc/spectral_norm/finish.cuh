@@ -131,8 +131,9 @@ __device__ void finish(const Forward<T>& f, int index, const Options& o, const C
   for (int64_t i = begin; i < cut.columns(); i += stride) {
     int64_t c = i;  // x is written in its own order
     if (f.inner) {
-      const int64_t outer = divide(cut.columns(), f.inner), row = divide(i, outer);
-      c = (i - row * outer) * f.inner + row;
+      const auto outer = static_cast<uint32_t>(cut.columns()) / static_cast<uint32_t>(f.inner);
+      const uint32_t row = static_cast<uint32_t>(i) / outer;
+      c = (static_cast<uint32_t>(i) - row * outer) * f.inner + row;
     }
     f.x[i] = moved ? static_cast<C>(static_cast<double>(work.z[c]) * lengths.z) : f.x0[i];
   }

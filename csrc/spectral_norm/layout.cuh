@@ -46,7 +46,8 @@ struct Layout {
   // The axes that are first in memory are last in v.
   bool turned(const std::vector<int64_t>& rest, const std::vector<int64_t>& sizes) {
     const auto second = std::is_sorted_until(rest.begin(), rest.end());
-    if (a != 1 || b == 1 || !std::is_sorted(second, rest.end()) || rest.back() > rest.front()) return false;
+    if (a != 1 || b == 1 || b > INT32_MAX || !std::is_sorted(second, rest.end()) || rest.back() > rest.front())
+      return false;
     inner = 1;
     for (auto axis = second; axis != rest.end(); ++axis) inner *= sizes[*axis];
     return true;

@@ -46,20 +46,16 @@ struct Lengths {
   __device__ Lengths(const Forward<T>& f, const Work<Compute<T>>& work, int iteration, double eps, bool only_first) {
     const int parity = iteration % 2, tiles = f.cut.tiles();
     const bool fused = f.cut.fused(f.x_first);
-    double first = 0, second = 0;
+    double t2 = 0, z2 = 0;
     if (f.x_first || !only_first) {
-      const double z2 =
-          total(work.z2 + parity * tiles, f.cut.z_parts() > 1 ? f.cut.gather_blocks(f.cut.columns()) : tiles);
-      (f.x_first ? first : second) = sqrt(z2);
+      z2 = total(work.z2 + parity * tiles, f.cut.z_parts() > 1 ? f.cut.gather_blocks(f.cut.columns()) : tiles);
     }
     if (!f.x_first || !only_first) {
-      const double t2 = total(work.t2 + parity * tiles, f.cut.t_parts() > 1 ? f.cut.gather_blocks(f.cut.m) : tiles);
-      (f.x_first ? second : first) = sqrt(t2);
+      t2 = total(work.t2 + parity * tiles, f.cut.t_parts() > 1 ? f.cut.gather_blocks(f.cut.m) : tiles);
     }
-    double& first_factor = f.x_first ? z : t;
-    double& second_factor = f.x_first ? t : z;
+    const double first = sqrt(f.x_first ? z2 : t2), second = sqrt(f.x_first ? t2 : z2);
     const double unit = at_least(first, eps);
-    first_factor = 1 / unit;
+    t = z = 1 / unit;
     if (only_first) return;
     double scale = 1;
     if (fused) {  // the second came from the first before that had unit length, and was divided by 2^exponent
@@ -67,7 +63,10 @@ struct Lengths {
       scale = power_of_two<double>(exponent == kNoExponent ? 0 : exponent) / unit;
     }
     const double length = scale * second, divisor = at_least(length, eps);
-    second_factor = scale / divisor;
+    if (f.x_first)
+      t = scale / divisor;
+    else
+      z = scale / divisor;
     sigma = length * (length / divisor);
   }
 };
@@ -84,21 +83,29 @@ struct Scale {
   }
 };
 
-// A vector of one of the sides of W: numbers times a factor.
+// A vector of one of the sides of W: numbers times a factor. With `inner`, number c = o inner + i is at i outer + o;
+// columns then fit in 32 bits, Layout sees to that.
 template <class C>
 struct Vector {
   const C* p;
-  C factor = 1;
-  int64_t inner = 0, columns = 0, shift = 0;
+  C factor;
+  uint32_t inner, outer;
+  int64_t shift;
 
   __device__ C operator[](int64_t c) const {
     c += shift;
     if (inner) {
-      const int64_t outer = divide(c, inner);
-      c = (c - outer * inner) * divide(columns, inner) + outer;
+      const uint32_t o = static_cast<uint32_t>(c) / inner;
+      c = (static_cast<uint32_t>(c) - o * inner) * outer + o;
     }
     return p[c] * factor;
   }
 };
+
+template <class C>
+__device__ Vector<C> turned(const C* p, int64_t inner, int64_t columns, int64_t shift) {
+  if (inner == 0) return {p + shift, 1, 0, 0, 0};
+  return {p, 1, static_cast<uint32_t>(inner), static_cast<uint32_t>(columns) / static_cast<uint32_t>(inner), shift};
+}
 
 }  // namespace wx::gpu::sn

@@ -60,12 +60,14 @@ __device__ void dots(const T* w, int lines, int rows, int columns, const Vector<
     }
     C sum[4] = {};
     if (lines == rows) {
+#pragma unroll 2
       for (int j = chunk * kChunk + in_line; j < end; j += width) {
         const C number = x[j];
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += widen(w[at[k] + j]) * number;
       }
     } else {
+#pragma unroll 1
       for (int j = chunk * kChunk + in_line; j < end; j += width)
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += widen(w[at[k] + j]) * x[slab[k] + j];
@@ -107,10 +109,12 @@ __device__ void sums(const T* w, int slabs, int rows, int columns, Scratch<Compu
       const int slab = slabs == 1 ? 0 : c / columns;
       const T* at = w + slab * rows * columns + (c - slab * columns);
       int r = group;
+#pragma unroll 1
       for (; r + 3 * groups < rows; r += 4 * groups) {
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += scratch.line[r + k * groups] * widen(at[(r + k * groups) * columns]);
       }
+#pragma unroll 1
       for (; r < rows; r += groups) sum[0] += scratch.line[r] * widen(at[r * columns]);
     }
     C value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
@@ -125,37 +129,59 @@ __device__ void sums(const T* w, int slabs, int rows, int columns, Scratch<Compu
   }
 }
 
+// What a block knows of its tile. In shared memory, where it takes nobody's registers.
+template <class C>
+struct Job {
+  Vector<C> x, y;
+  C *t, *z;  // where the products go to
+  int64_t offset;
+  int lines, columns, slabs;
+};
+
+template <class T>
+__device__ void set_up(Job<Compute<T>>& job, const Forward<T>& f, const Step& step, int index, double t, double z) {
+  using C = Compute<T>;
+  const Cut& cut = f.cut;
+  const Work<C> work(f.work, cut);
+  const Tile tile(cut, index);
+  const bool given = step.iteration == 0 && !step.second;
+  job.x = given ? turned(f.x0, f.inner, cut.columns(), tile.column)
+                : Vector<C>{work.z + tile.column, static_cast<C>(z), 0, 0, 0};
+  job.y = {(given ? f.y0 : work.t) + tile.row, static_cast<C>(given ? 1 : t), 0, 0, 0};
+  job.t = work.t_part + static_cast<int64_t>(tile.t_part) * cut.m + tile.row;
+  job.z = work.z_part + static_cast<int64_t>(tile.z_part) * cut.columns() + tile.column;
+  job.offset = tile.offset;
+  job.lines = tile.lines();
+  job.columns = tile.columns;
+  job.slabs = static_cast<int>(tile.slabs);
+}
+
 template <class T>
 __device__ void product(const Forward<T>& f, const Step& step, int index, const Options& o, const Chip& chip, int used,
                         bool loaded) {
   using C = Compute<T>;
   __shared__ Scratch<C> scratch;
+  __shared__ Job<C> job;
   const Cut& cut = f.cut;
-  const Work<C> work(f.work, cut);
-  const Tile tile(cut, index);
   const bool both = step.dots && step.sums;
-  // A vector that is looked up by column counts from the first one of W.
-  Vector<C> x{f.x0, 1, f.inner, cut.columns(), tile.column}, y{f.y0 + tile.row};
-  if (step.second || step.iteration > 0) {
-    const Lengths lengths(f, work, step.iteration - !step.second, o.eps, step.second);
-    x = {work.z + tile.column, static_cast<C>(lengths.z)};
-    y = {work.t + tile.row, static_cast<C>(lengths.t)};
+  {
+    Lengths lengths;
+    if (step.second || step.iteration > 0)
+      lengths = Lengths(f, Work<C>(f.work, cut), step.iteration - !step.second, o.eps, step.second);
+    if (threadIdx.x == 0) set_up(job, f, step, index, lengths.t, lengths.z);
+    __syncthreads();
   }
-  C* const t = work.t_part + static_cast<int64_t>(tile.t_part) * cut.m + tile.row;
-  C* const z = work.z_part + static_cast<int64_t>(tile.z_part) * cut.columns() + tile.column;
-  C* const acc = reinterpret_cast<C*>(chip.acc);
-  const int slabs = static_cast<int>(tile.slabs), bytes = batch_bytes<T>(cut);
   double t2 = 0, z2 = 0;
   int exponent = kNoExponent;  // the product that comes second is of the first divided by 2 to this
 
-  for (int first = 0, k = 0; first < tile.lines(); first += cut.lines, k++) {
-    const int lines = min(cut.lines, tile.lines() - first), rows = lines / slabs;
-    const bool last = first + lines == tile.lines();
-    unsigned char* place = chip.place(used, k, bytes);
+  for (int first = 0, k = 0; first < job.lines; first += cut.lines, k++) {
+    const int lines = min(cut.lines, job.lines - first), rows = lines / job.slabs;
+    const bool last = first + lines == job.lines;
+    unsigned char* place = chip.place(used, k, batch_bytes<T>(cut));
     T* const w = reinterpret_cast<T*>(place ? place : chip.stream);
-    if (!place || !loaded) load_lines(w, f.w + tile.offset + first * cut.b, lines, tile.columns, cut.b);
+    if (!place || !loaded) load_lines(w, f.w + job.offset + first * cut.b, lines, job.columns, cut.b);
     if (step.sums && (f.x_first || !both))
-      for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = y[first + r];
+      for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] = job.y[first + r];
     __syncthreads();
 
     C rescale = 1;  // of the sums of the batches before
@@ -163,23 +189,24 @@ __device__ void product(const Forward<T>& f, const Step& step, int index, const 
     for (int turn = 0; turn < (both ? 2 : 1); turn++) {
       double largest = 0;
       if (both ? f.x_first == (turn == 1) : step.dots) {
-        dots(w, lines, rows, tile.columns, x, scratch);
+        dots(w, lines, rows, job.columns, job.x, scratch);
         for (int r = threadIdx.x; r < rows; r += kThreads) {
           C value = scratch.line[r];
-          for (int s = 1; s < slabs; s++) value += scratch.line[s * rows + r];
+          for (int s = 1; s < job.slabs; s++) value += scratch.line[s * rows + r];
           scratch.line[r] = value;  // no other thread reads or writes it
-          t[first + r] = value;
-          t2 += static_cast<double>(value) * static_cast<double>(f.n_iter ? value : f.y0[tile.row + first + r]);
+          job.t[first + r] = value;
+          t2 += static_cast<double>(value) * static_cast<double>(f.n_iter ? value : job.y.p[first + r]);
           largest = fmax(largest, fabs(static_cast<double>(value)));
         }
       } else {
-        sums(w, slabs, rows, tile.columns, scratch, [&](int c, C value) {
+        sums(w, job.slabs, rows, job.columns, scratch, [&](int c, C value) {
+          C* const acc = reinterpret_cast<C*>(chip.acc);
           if (first > 0) value += rescale * acc[c];
           if (!last) {
             acc[c] = value;
             return;
           }
-          z[c] = value;
+          job.z[c] = value;
           z2 += static_cast<double>(value) * static_cast<double>(value);
           largest = fmax(largest, fabs(static_cast<double>(value)));
         });
@@ -194,7 +221,8 @@ __device__ void product(const Forward<T>& f, const Step& step, int index, const 
       }
       const C down = power_of_two<C>(exponent == kNoExponent ? 0 : -exponent);
       if (f.x_first) {
-        x = {z, down};
+        if (threadIdx.x == 0) job.x = {job.z, down, 0, 0, 0};
+        __syncthreads();
       } else {
         for (int r = threadIdx.x; r < rows; r += kThreads) scratch.line[r] *= down;
         __syncthreads();
@@ -202,6 +230,7 @@ __device__ void product(const Forward<T>& f, const Step& step, int index, const 
     }
     __syncthreads();  // the next batch comes into the same place
   }
+  const Work<C> work(f.work, cut);
   const int64_t slot = step.iteration % 2 * cut.tiles() + index;
   if (step.dots && cut.t_parts() == 1) {
     t2 = block_sum<kThreads>(t2);
