@@ -103,6 +103,11 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert relative_error(actual[name], value) <= tolerance, name
 
 
+@pytest.fixture(autouse=True)
+def small_ones_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "SMALLEST", 0)
+
+
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How often a layer ran folded: one entry a forward."""

@@ -15,6 +15,7 @@ from folded_layers import (
     input_for,
     linear,
     pair,
+    small_ones_fold,
     step,
     unfolded,
     update,
@@ -26,7 +27,7 @@ import weightxform as wx
 from weightxform import nn as folding
 from weightxform.numerics import relative_error
 
-__all__ = ["folds"]  # a fixture
+__all__ = ["folds", "small_ones_fold"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 OPTIONS = {

@@ -10,13 +10,15 @@ import copy
 import pytest
 import torch
 from computed_oracle import iterations, randn, set_raw, state_of, unsettle
-from folded_layers import assert_close, input_for, linear, pair, step, update
+from folded_layers import assert_close, input_for, linear, pair, small_ones_fold, step, update
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import weightxform as wx
 from weightxform import nn as folding
 from weightxform.numerics import relative_error
+
+__all__ = ["small_ones_fold"]  # a fixture
 
 # torch's own, while it imports and traces
 pytestmark = [

@@ -22,6 +22,7 @@ plain_model = workers.model
 
 def model(constrain: bool, cache: bool = True) -> nn.Sequential:
     """The model of the other tests, folded."""
+    wx.nn.SMALLEST = 0
     net = plain_model(constrain, cache)
     assert all(wx.nn.fold_layer(net[i]) for i in workers.LAYERS)
     return unsettle(net)

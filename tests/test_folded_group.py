@@ -9,13 +9,13 @@ import pytest
 import torch
 from computed_oracle import iterations, randn, set_raw, state_of, unsettle
 from folded_layers import FOLDED as LAYERS
-from folded_layers import assert_close, folds, step, update
+from folded_layers import assert_close, folds, small_ones_fold, step, update
 from torch import nn
 
 import weightxform as wx
 from weightxform.spectral_norm import module as room
 
-__all__ = ["folds"]  # a fixture
+__all__ = ["folds", "small_ones_fold"]  # fixtures
 
 FOLDED = (2, 5, 7)
 

@@ -9,7 +9,19 @@ import pickle
 import pytest
 import torch
 from computed_oracle import iterations, randn, set_raw, state_of
-from folded_layers import FOLDED, KINDS, assert_close, folded_twin, folds, input_for, linear, pair, step, unfolded
+from folded_layers import (
+    FOLDED,
+    KINDS,
+    assert_close,
+    folded_twin,
+    folds,
+    input_for,
+    linear,
+    pair,
+    small_ones_fold,
+    step,
+    unfolded,
+)  # fmt: skip
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +31,7 @@ from weightxform import nn as folding
 from weightxform.numerics import relative_error
 from weightxform.swap import base_of
 
-__all__ = ["folds"]  # a fixture
+__all__ = ["folds", "small_ones_fold"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 EACH = ("rides", "conv1d", "conv2d", "conv3d")
@@ -540,3 +552,15 @@ def test_folded_twins_share_nothing():
     twin = folded_twin(layer)
     assert not is_folded(layer) and is_folded(twin)
     assert wx.raw(layer) is not wx.raw(twin)
+
+
+def test_a_small_weight_is_computed_on_a_cpu(folds, monkeypatch):
+    layer, x = linear(dtype=torch.float32), torch.randn(3, 20)
+    expected = layer(x)
+    assert len(folds) == 1
+    monkeypatch.setattr(folding, "SMALLEST", 20 * 30 * 4 + 1)
+    torch.testing.assert_close(layer(x), expected)
+    monkeypatch.setattr(folding, "SMALLEST", 20 * 30 * 4)
+    assert len(folds) == 1
+    layer(x)
+    assert len(folds) == 2
