@@ -65,10 +65,17 @@ __device__ void gather(const Forward<T>& f, const Step& step, int index) {
                        work.z2 + at, index, blocks);
 }
 
+// Loads that a thread has under way when it scales. sm_120 has less memory bandwidth to fill, and spills with four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kLoads = 2;
+#else
+constexpr int kLoads = 4;
+#endif
+
 // out = s w, n numbers side by side.
 template <class T, class O>
 __device__ void scale_line(const T* w, O* out, int n, Compute<T> s) {
-  constexpr int kWide = 16 / (sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O)), kAtOnce = kWide > 4 ? 2 : 4;
+  constexpr int kWide = 16 / (sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O)), kAtOnce = kWide > 4 ? kLoads / 2 : kLoads;
   using From = Pack<T, kWide>;
   using To = Pack<O, kWide>;
   int done = 0;

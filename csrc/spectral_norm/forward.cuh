@@ -32,10 +32,15 @@ __device__ int64_t tile_bytes(const Cut& cut, int index) {
   return static_cast<int64_t>(ceil_div(Tile(cut, index).lines(), cut.lines)) * batch_bytes<T>(cut);
 }
 
+// For which the compiler leaves registers: with fewer they would spill.
+template <class T>
+constexpr int kBlocksOfSM = sizeof(T) == 8 ? 1 : 2;
+
 // A launch for each phase, a block for each tile. Blocks of the last phase go backwards: what was read last is still in
 // the cache.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) forward_phase(const __grid_constant__ ForwardTable<T, N> table, int phase) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfSM<T>)
+    forward_phase(const __grid_constant__ ForwardTable<T, N> table, int phase) {
   WX_DYNAMIC_SHARED(shared);
   const Options& o = table.common;
   const int item = phase == o.phases ? table.items - 1 - static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x);
@@ -46,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) forward_phase(const __grid_constant_
 
 // One launch: every block keeps its tiles on chip from phase to phase, and the grid waits between phases.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) forward_resident(const __grid_constant__ ForwardTable<T, N> table) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfSM<T>)
+    forward_resident(const __grid_constant__ ForwardTable<T, N> table) {
   WX_DYNAMIC_SHARED(shared);
   const Options& o = table.common;
   const Chip chip{shared, shared + o.acc_bytes, shared + o.acc_bytes + o.stream_bytes, o.kept_bytes};
