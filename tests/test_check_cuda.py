@@ -48,6 +48,7 @@ def test_kernels_are_read_with_their_architecture(tool):
 def test_names_without_namespaces(tool):
     assert tool.kernel_name("_Z6kernelPf") == "kernel"
     assert tool.kernel_name("_ZN2wx3gpu2sn13times_columnsI13__nv_bfloat16EEvPKT_") == "times_columns"
+    assert tool.kernel_name("_ZN2wx3gpu2sn13forward_phaseIdLi12EEEvi") == "forward_phase<double>"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ class Budget(NamedTuple):
 # The first pattern that fits the name of a kernel counts.
 BUDGETS = (
     Budget("nothing", 256, 8, 0, "does nothing: it is only asked whether it could run"),
+    Budget(
+        "forward_*<double>",
+        256,
+        1,
+        STATIC_SHARED,
+        "two registers for a number: one block an SM",
+    ),
     Budget("*", 256, 2, STATIC_SHARED, "streams from memory: 512 threads must be there to hide its latency"),
 )
 
@@ -72,12 +79,12 @@ def budget_of(name: str) -> Budget:
 
 
 def kernel_name(mangled: str) -> str:
-    """The name without namespaces and template arguments: _ZN2wx3gpu2sn5innerIfEEv... is inner."""
+    """The name without namespaces: _ZN2wx3gpu2sn5innerIfEEv... is inner, and inner<double> if its first argument is."""
     found, rest = mangled, mangled.removeprefix("_ZN").removeprefix("_Z").removeprefix("K")
     while match := re.match(r"\d+", rest):
         end = match.end() + int(match[0])
         found, rest = rest[match.end() : end], rest[end:]
-    return found
+    return found + "<double>" * rest.startswith("Id")
 
 
 def parse_usage(text: str) -> Iterator[Kernel]:
