@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool alone = f.pieces() == 1;
   G* const kept = alone ? reinterpret_cast<G*>(shared) : nullptr;
   if (phase == 0) inner(f, item - f.first, kept);
-  if (alone) __syncthreads();
   if (phase == (alone ? 0 : 1)) update(f, item - f.first, table.common, kept);
 }
 

@@ -23,7 +23,7 @@ __device__ void run(const Forward<T>& f, int phase, int index, const Options& o,
       gather(f, step, index);
     else if (step.finish)
       finish(f, index, o, chip, used);
-    __syncthreads();  // what the block has written is read by all its threads
+    __syncthreads();  // spare: sums at the end of a product order its writes as well; a phase without one would not
   }
 }
 

@@ -121,9 +121,8 @@ __device__ void sums(const T* w, int slabs, int rows, int columns, Scratch<Compu
     if (groups > 1) {
       scratch.sum[threadIdx.x] = value;
       __syncthreads();
-      if (group == 0)
+      if (group == 0)  // once: all columns are in one turn, and the batch ends with a barrier
         for (int g = 1; g < groups; g++) value += scratch.sum[g * width + threadIdx.x];
-      __syncthreads();
     }
     if (group == 0 && c < all) emit(c, value);
   }
