@@ -16,6 +16,7 @@ from weightxform.numerics import relative_error
 
 KINDS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[int, ...]]] = {  # class, arguments, input shape
     "rides": (nn.Linear, (20, 30), {}, (3, 20)),  # the rank-one term is a row of the operands
+    "few_rows": (nn.Linear, (40, 30), {}, (3, 40)),  # the product itself is kept where x takes no gradient
     "batch_above_outputs": (nn.Linear, (20, 10), {}, (9, 20)),  # it is added to the product
     "batch_above_weight": (nn.Linear, (6, 4), {}, (50, 6)),  # <G, W> from the weight
     "one_row": (nn.Linear, (1, 7), {}, (3, 1)),

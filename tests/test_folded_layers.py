@@ -564,3 +564,14 @@ def test_a_small_weight_is_computed_on_a_cpu(folds, monkeypatch):
     assert len(folds) == 1
     layer(x)
     assert len(folds) == 2
+
+
+def test_the_first_layer_makes_no_pass_over_the_weight_in_its_backward(folds, monkeypatch):
+    layer, twin = pair("few_rows")
+    x = input_for("few_rows")
+    twin(x).square().sum().backward()
+    monkeypatch.setattr(folding.folded, "spectral_norm_bwd", None)
+    layer(x).square().sum().backward()
+    assert folds == ["numbers"]
+    torch.testing.assert_close(wx.raw(layer).grad, wx.raw(twin).grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.bias.grad, twin.bias.grad, rtol=1e-10, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from computed_oracle import randn, unit
 from repeated_models import net, run, write
 
 import weightxform as wx
-from weightxform.spectral_norm.op import spectral_norm_fwd_list
+from weightxform.registry import OPS
+from weightxform.spectral_norm.op import make_inputs, spectral_norm_fwd_list
 
 
 def arguments(n: int = 2) -> list:
@@ -93,3 +95,26 @@ def test_what_cannot_be_prepared():
     with wx.backend("reference"):
         run(model, 0), write(model, 1), run(model, 1)
     assert torch.isfinite(wx.raw(model[4]).grad).all()
+
+
+def test_a_list_that_is_shared_by_threads_has_the_bits_of_one():
+    """More than 2 MiB in all: below, one thread does it."""
+    weights, us, vs = zip(
+        *(
+            make_inputs((200 + i, 190), 0, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(i))
+            for i in range(16)
+        ),
+        strict=True,
+    )
+    n = len(weights)
+    arguments = list(weights), list(us), list(vs), [], [0] * n, [1] * n, 1e-12, False, None, None
+    douts = [torch.randn_like(w) for w in weights]
+    offsets = [0, *accumulate(u.numel() + v.numel() + 1 for u, v in zip(us, vs, strict=True))][:-1]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outs, state = OPS["spectral_norm_fwd_list"](*arguments)
+        grads, dgains = OPS["spectral_norm_bwd_list"](douts, list(weights), state, offsets, [], [0] * n, None)
+        results.append([*outs, state, *grads, dgains])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

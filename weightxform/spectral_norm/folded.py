@@ -10,7 +10,8 @@ With W the raw weight, s, s' and c as in ``reference.py``, g the gain, x the inp
 
 The inner product needs no pass over the weight, because the layer is bilinear: <G, W> = <dy, x * W> = <dx_raw, x>, with
 dx_raw = dy * W', which is computed anyway. (Not from y, which plain layers do not save and which an activation may
-overwrite.) Where x takes no gradient, or has more elements than W, G goes through the op of the unfolded form.
+overwrite.) Where x takes no gradient, x * W is kept if it is small; else, or where x has more elements than W, G goes
+through the op of the unfolded form.
 The rank-one term rides on the product that makes G, as one more row of its operands, if those are smaller than W; else
 it is added to G, in one pass. g is never divided by: it may be 0.
 
@@ -21,6 +22,7 @@ added anywhere. Elsewhere s is a tensor (reading it would wait for the GPU) and 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +43,15 @@ class Plan(NamedTuple):
     conv: tuple | None  # stride, padding, dilation, groups; None for a matrix product
 
 
-class Numbers(NamedTuple):
+@dataclass
+class Numbers:
     """The factors, where they may be read."""
 
     s: float
     pull: float  # 1 / sigma where s is c / sigma, else 0
     gain: float
+    keeps: bool = False  # x * W itself, for the backward
+    product: Tensor | None = None
 
 
 def numbers(state: Tensor, gain: Tensor | None, plan: Plan) -> Numbers | None:
@@ -146,7 +151,11 @@ def _with_row(x: Tensor, row: Tensor) -> Tensor:
 # numbers: matrix products in float32 and float64 on the CPU
 
 
-def _product_by_numbers(x: Tensor, w: Tensor, bias: Tensor | None, k: float) -> Tensor:
+def _product_by_numbers(x: Tensor, w: Tensor, bias: Tensor | None, n: Numbers) -> Tensor:
+    k = n.gain * n.s
+    if n.keeps:
+        n.product = x @ w.t()
+        return n.product * k if bias is None else torch.add(bias, n.product, alpha=k)
     if bias is None:
         return torch.addmm(x.new_empty(()), x, w.t(), beta=0, alpha=k)
     return torch.addmm(bias, x, w.t(), alpha=k)
@@ -158,13 +167,17 @@ def _backward_by_numbers(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     needs_x, needs_w, needs_gain = needs
     nothing = dy.new_empty(())
-    if not _by_activations(x, w, needs):
+    dx = None
+    if n.product is not None and not needs_x:
+        r = _inner_rows(dy, n.product) * n.s
+    elif not _by_activations(x, w, needs):
         dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.gain * n.s) if needs_x else None
         return dx, *(_by_weight(dy.t() @ x, w, gain, state, plan) if needs_w or needs_gain else (None, None))
-    dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.s)
-    r = _inner_rows(dx, x)
-    if n.gain != 1:
-        dx.mul_(n.gain)
+    else:
+        dx = torch.addmm(nothing, dy, w, beta=0, alpha=n.s)
+        r = _inner_rows(dx, x)
+        if n.gain != 1:
+            dx.mul_(n.gain)
     if not needs_w:
         return dx, None, r
     u, v, _ = state.split([*reference.matrix_shape(w, plan.dim), 1])
@@ -253,7 +266,7 @@ class FoldedFunction(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, w, bias, gain, state, plan, n):
         if n is not None:
-            return _product_by_numbers(x, weight, bias, n.gain * n.s)
+            return _product_by_numbers(x, weight, bias, n)
         return _product(x, weight if w is None else w, bias, gain, state, plan)
 
     @staticmethod
@@ -309,6 +322,8 @@ def apply(
     tensors: tuple[Any, ...] = (x, weight, bias, gain)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return FoldedFunction.forward(x, weight, w, bias, gain, state, plan, n)
+    if n is not None and not x.requires_grad:
+        n.keeps = 8 * x.shape[0] * weight.shape[0] <= weight.numel()
     function = variant(FoldedFunction, FoldedFunction, FoldedJoined)
     return function.apply(x, weight, w, bias, gain, state, plan, n)
 
