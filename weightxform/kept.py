@@ -148,7 +148,7 @@ class Kept:
         learned = self.learned[row]
         if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
             return None
-        return value if ordinary() and (self.kind != "cuda" or capture_of("cuda") == self.capture) else None
+        return value if ordinary() and capture_of(self.kind) == self.capture else None
 
     def _same_modes(self) -> bool:
         if _inference() is not self.inference:
