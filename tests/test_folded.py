@@ -20,7 +20,7 @@ from folded_layers import (
     unfolded,
     update,
     upstream,
-)
+)  # fmt: skip
 from torch import nn
 
 import weightxform as wx

@@ -64,8 +64,8 @@ def constrain(
         accumulate_grad: where a raw tensor has a gradient already (accumulation over micro-batches), let the backward
             kernel add to it, and give autograd none: one pass over the gradients instead of two. Hooks of the tensor
             and ``torch.autograd.grad`` get the gradient as ever (autograd adds it then), and so does DDP, but not a
-            ``register_prehook`` on the tensor's ``AccumulateGrad`` node. On the CPU, for ``SpectralNorm``; elsewhere it
-            changes nothing.
+            ``register_prehook`` on the tensor's ``AccumulateGrad`` node or a hook on ``weight.grad_fn``, which see
+            ``None``. On the CPU, for ``SpectralNorm``; elsewhere it changes nothing.
         fold: make the ``nn.Linear`` and ``nn.Conv1d/2d/3d`` layers folded ones, as ``wx.nn.SpectralLinear``: the same
             numbers, and the computed weight is never written. Other layers, subclasses of these, and transforms that
             cannot be folded stay as they are.
