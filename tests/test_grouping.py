@@ -360,3 +360,32 @@ def test_layers_that_cannot_be_computed_stop_the_call_before_it_changes_anything
         with pytest.raises(ValueError, match=match):
             wx.constrain(model, wx.SpectralNorm)
         assert not wx.is_computed(model[0]) and "weight_transform" not in model[0]._modules
+
+
+def test_dtypes_and_devices_of_one_group(calls):
+    """One call for each dtype and device, at every step."""
+
+    def mixed() -> nn.ModuleList:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 5, dtype=dtype) for dtype in (torch.float32, torch.float64) for _ in range(2)]
+        return nn.ModuleList([*layers, nn.Linear(6, 5, device="meta"), nn.Linear(6, 5, device="meta")])
+
+    together, alone = wx.constrain(mixed(), wx.SpectralNorm), mixed()
+    for layer in alone:
+        layer.weight = wx.ComputedParameter(layer.weight, wx.SpectralNorm())
+    unsettle(together[:4]), unsettle(alone[:4])
+    alone.load_state_dict(together.state_dict(), strict=False)
+    for step in range(3):
+        for layers in (together, alone):
+            for i, layer in enumerate(layers):
+                raw = wx.raw(layer)
+                g = torch.randn(5, 6, generator=torch.Generator().manual_seed(9 * step + i)).to(raw)
+                layer.weight.backward(g)
+                with torch.no_grad():
+                    raw -= 0.1 * raw.grad
+                raw.grad = None
+    assert calls == [[True, True]] * 9
+    assert together[5].weight.is_meta
+    for a, b in zip(together[:4], alone[:4], strict=True):
+        torch.testing.assert_close(wx.raw(a), wx.raw(b))
+        torch.testing.assert_close(state_of(a), state_of(b))
