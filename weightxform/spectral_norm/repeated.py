@@ -107,7 +107,8 @@ class Prepared:
         torch.autograd.graph.increment_version(into)
         dweights: list[Tensor | None] = [None] * len(douts)
         if len(adding) < len(douts):
-            others = [i for i in self.everyone if i not in set(adding)]
+            added = set(adding)
+            others = [i for i in self.everyone if i not in added]
             results, more = self.backward([douts[i] for i in others], others, state, [])
             for i, dweight in zip(others, results, strict=True):
                 dweights[i] = dweight
