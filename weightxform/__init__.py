@@ -1,6 +1,6 @@
 """weightxform: kernels for weights that are computed."""
 
-from . import functional, nn
+from . import functional, nn, subspace
 from ._load import load_kernels
 from ._version import __version__
 from .backends import backend, force_from_environment
