@@ -32,6 +32,7 @@ __all__ = [
     "raw",
     "refresh",
     "spectral_norm",
+    "subspace",
     "tie",
     "torch_state_dict",
 ]

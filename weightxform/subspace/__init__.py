@@ -1,5 +1,5 @@
 """Weights in a subspace: theta = theta0 + P z with a P that is never stored."""
 
-from . import op as _op  # the ops are there from the import on
+from . import op
 
-__all__: list[str] = []
+__all__ = ["op"]

@@ -59,6 +59,7 @@ _PLANS: dict[str, tuple[Mapping[str, int], int, dict[str, Any], dict[str, Any]]]
     "shards": (NET, 57, {"tile": 1024}, {"shards": True}),
     "strided": (TOY, 29, {"tile": 64}, {"layout": "strided"}),
     "unaligned": (NET, 290, {"tile": 1024}, {"layout": "unaligned"}),
+    "expanded": (TOY, 29, {"tile": 128}, {"layout": "expanded"}),
     "empty_tensor": ({**TOY, "none": 0}, 29, {}, {}),
 }
 # Every plan for the two kinds that a tile program of its own serves; what can differ for the others.
@@ -67,11 +68,11 @@ _OF_KIND: dict[str, tuple[str, ...]] = {
     "block_hadamard": tuple(_PLANS),
     "one_hot_unsigned": ("toy", "batch"),
     "sparse": ("toy_tile_64", "one_coordinate", "packed", "per_tensor", "step", "net", "batch", "shards", "strided"),
-    "rademacher": ("toy", "one_coordinate", "per_tensor", "one_element", "step", "net", "batch", "shards", "strided"),
+    "rademacher": ("toy", "one_coordinate", "per_tensor", "one_element", "step", "net", "batch", "shards", "strided", "expanded"),
     "gaussian": ("toy", "one_coordinate", "init", "step", "net", "batch", "shards"),
     "fastfood_global_sign": (
         "toy", "one_coordinate", "every_coordinate", "per_tensor", "one_element", "step", "net", "batch",
-        "some_members", "strided", "empty_tensor",
+        "some_members", "strided", "expanded", "empty_tensor",
     ),
     "fastfood_global_binomial": ("toy", "step", "batch"),
     "fastfood_stacked_sign": ("toy", "one_coordinate", "every_coordinate", "init", "step", "net", "batch", "strided"),
@@ -97,6 +98,8 @@ def _laid_out(t: Tensor, layout: str | None) -> Tensor:
     """The same values where kernels may not expect them."""
     if layout == "strided" and t.ndim == 2:
         return t.T.contiguous().T
+    if layout == "expanded":  # zeros for P z alone, and what sum() sends backward: one number, all strides 0
+        return t.new_full((), 0.25).expand(t.shape)
     if layout == "unaligned":
         larger = t.new_full((t.numel() + 1,), float("nan"))
         larger[1:] = t.flatten()
