@@ -68,7 +68,9 @@ _OF_KIND: dict[str, tuple[str, ...]] = {
     "block_hadamard": tuple(_PLANS),
     "one_hot_unsigned": ("toy", "batch"),
     "sparse": ("toy_tile_64", "one_coordinate", "packed", "per_tensor", "step", "net", "batch", "shards", "strided"),
-    "rademacher": ("toy", "one_coordinate", "per_tensor", "one_element", "step", "net", "batch", "shards", "strided", "expanded"),
+    "rademacher": (
+        "toy", "one_coordinate", "per_tensor", "one_element", "step", "net", "batch", "shards", "strided", "expanded",
+    ),
     "gaussian": ("toy", "one_coordinate", "init", "step", "net", "batch", "shards"),
     "fastfood_global_sign": (
         "toy", "one_coordinate", "every_coordinate", "per_tensor", "one_element", "step", "net", "batch",
