@@ -8,6 +8,7 @@ from .computed import ComputedParameter, assign, bake, invalidate, is_computed, 
 from .grouping import constrain
 from .info import info
 from .spectral_norm import SpectralNorm, spectral_norm, torch_state_dict
+from .subspace import Subspace, SubspaceProjection, intrinsic_dimension, project_gradients
 from .transform import Transform
 from .weight_norm import WeightNorm
 
@@ -17,6 +18,8 @@ force_from_environment()
 __all__ = [
     "ComputedParameter",
     "SpectralNorm",
+    "Subspace",
+    "SubspaceProjection",
     "Transform",
     "WeightNorm",
     "__version__",
@@ -26,9 +29,11 @@ __all__ = [
     "constrain",
     "functional",
     "info",
+    "intrinsic_dimension",
     "invalidate",
     "is_computed",
     "nn",
+    "project_gradients",
     "raw",
     "refresh",
     "spectral_norm",

@@ -33,7 +33,10 @@ class Group:
         self.link()
 
     @staticmethod
-    def over(model: nn.Module, targets: list[tuple[nn.Module, str]], bucket_bytes: int, accumulates: bool) -> None:
+    def over(
+        model: nn.Module, targets: list[tuple[nn.Module, str]], bucket_bytes: int, accumulates: bool
+    ) -> Group | None:
+        """Group what can be grouped of ``targets``; ``None`` if nothing can."""
         buckets: list[list[tuple[nn.Module, str]]] = [[]]
         seen: set[Slot] = set()
         size = 0
@@ -50,10 +53,19 @@ class Group:
             buckets[-1].append((module, name))
             size += raw.numel() * raw.element_size()
         buckets = [members for members in buckets if len(members) > 1]
-        if buckets:
-            group = Group(buckets, accumulates)
-            model.register_forward_pre_hook(group.begin)
-            model.register_forward_hook(group.end, always_call=True)
+        if not buckets:
+            return None
+        group = Group(buckets, accumulates)
+        model.register_forward_pre_hook(group.begin)
+        model.register_forward_hook(group.end, always_call=True)
+        return group
+
+    def leave(self, model: nn.Module) -> None:
+        """Undo :meth:`over`."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for number in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[number]
+                model._forward_hooks_always_called.pop(number, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

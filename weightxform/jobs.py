@@ -121,8 +121,9 @@ def _prepare(job: Job) -> None:
     if place.kept is not None:
         place.kept.check_untouched(place.row, job.name)
     if slot.reader is None or slot.reader[0] is not transform:
-        for parameter in transform.parameters():
-            versions.watch(parameter)
+        for tensor in slot.state_of(transform)():  # more than its own where transforms share one
+            if isinstance(tensor, nn.Parameter):
+                versions.watch(tensor)
     if slot.pending is not None:
         if slot.pending == "always" or not job.advance:
             reset(transform, raw)

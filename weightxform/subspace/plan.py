@@ -82,6 +82,7 @@ def make_plan(
     normalize: str = "global",
     sigmas: Mapping[str, float] | None = None,
     nonzeros: int | None = None,
+    key_kind: str | None = None,
 ) -> Plan:
     """The projection of ``tensors`` (names and numbers of elements).
 
@@ -96,6 +97,7 @@ def make_plan(
             in proportion to ``sigmas``, columns of norm 1.
         sigmas: of each tensor, for ``"init"``.
         nonzeros: in a row of ``sparse``; default d/sqrt(D), at least 1.
+        key_kind: what goes into the keys in the place of ``kind``.
 
     Raises:
         ValueError: ``dim`` out of range, two equal keys, a column that no tensor reads.
@@ -110,7 +112,7 @@ def make_plan(
     if kind in FASTFOOD:
         keys = [tensor_key(seed, "fastfood", "")] * len(names)
     else:
-        keys = [tensor_key(seed, kind.removesuffix("_unsigned"), name) for name in names]
+        keys = [tensor_key(seed, key_kind or kind.removesuffix("_unsigned"), name) for name in names]
         if len(set(keys)) < len(keys):
             raise ValueError("Subspace: two tensors have the same key; rename one, or take another seed")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,0 +1,425 @@
+"""Subspace: a whole model whose weights are theta0 + P z, with z the only trained tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..bucket import Group
+from ..checks import require_choice, require_int
+from ..computed import install, new_slot, refuse
+from ..slot import Slot
+from ..swap import child_name, set_slots, slots_of
+from ..transform import Transform, describe
+from .maps import Map
+from .projections import NORMALIZE, Learned, Projection, projection_of
+from .select import Member, choose, initial_sigmas
+
+STRUCTURES = ("shared", "said", "per_tensor")
+_LAST_STEP = 2**32 - 2
+_redrawn: weakref.WeakSet[Subspace] = weakref.WeakSet()
+
+
+class ProjectedWeight(Transform):
+    """One weight of a :class:`Subspace`: ``raw`` is theta0, the computed weight theta."""
+
+    groupable: ClassVar[bool] = True
+    keeps_graph: ClassVar[bool] = True
+    owner: Subspace
+
+    def __init__(self, owner: Subspace, member: int) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # not a submodule: it contains this one
+        self.member = member
+        super().train(False)
+
+    def train(self, mode: bool = True) -> ProjectedWeight:
+        return self  # nothing depends on the mode, so a change of it must not cost a computation
+
+    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        return self.owner._compute([self.member], [raw])[0]
+
+    @classmethod
+    def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
+        return transforms[0].owner._compute([t.member for t in transforms], raws)
+
+    def group_key(self, raw: Tensor) -> Hashable:
+        return id(self.owner), raw.dtype, raw.device
+
+    def state(self) -> tuple[Tensor, ...]:
+        return self.owner._state()
+
+    def extra_repr(self) -> str:
+        return f"{self.owner.names[self.member]}, {self.owner.kind}"
+
+
+class Subspace(nn.Module):
+    """``model`` with weights theta0 + P z: z, :attr:`coordinates`, is all that is trained.
+
+    theta0 is the weights at the time of wrapping; z begins as zeros, so that the model computes at first what it did.
+    P [D, dim] has a row for each weight that takes part and is not stored but for the kinds that say so. The model
+    keeps its structure, names, hooks, buffers and tied weights: its layers' weights become computed ones (as with
+    ``ComputedParameter``), the parameters in their place hold theta0 and are frozen. Weights are computed once for
+    each value of z, whatever the number of forwards.
+
+    Args:
+        model: changed in place; also :attr:`model`.
+        dim: d, the number of coordinates, from 1 to the number of weights D.
+        projection: which P: ``"block_hadamard"``, ``"one_hot"``, ``"sparse"``, ``"rademacher"``, ``"gaussian"``,
+            ``"fastfood"``, ``"kronecker"``, or one of ``wx.subspace`` with options: ``wx.subspace.Dense(basis)``.
+        seed: of P. The same seed gives the same P on every device, for every number of threads and processes.
+        normalize: acts as a learning rate for each tensor. ``"global"``: columns of P have norm 1 (in expectation for
+            random entries), the change of a weight is about |z| / sqrt(D) everywhere. ``"per_tensor"``: the part of P
+            in each tensor has columns of norm 1. ``"init"``: rows in proportion to 1/sqrt(fan_in), columns of norm 1.
+        include, exclude: shell patterns for qualified names of parameters or of their modules (``"head.*"``). Default:
+            every parameter that requires a gradient, and none.
+        extra_trainable: patterns of parameters that are trained as they are, beside z.
+        redraw: ``"step"`` takes another P after each optimizer step over :attr:`coordinates`: theta becomes theta0 and
+            z zero (random bases descent, Gressmann et al. 2020). An optimizer's momentum is then that of another P.
+        structure: ``"shared"``: theta_t = theta0_t + P_t z. ``"said"``: theta_t = theta0_t + scale_t P_t z with a
+            trained scale for each tensor, 1 at first (Aghajanyan et al. 2021). ``"per_tensor"``: theta_t = theta0_t +
+            scale_t P_t z_t, every tensor with a P and min(dim, its elements) coordinates of its own.
+        bucket_bytes: weights are computed, and give up their gradients, in groups of this size.
+
+    Attributes:
+        coordinates: ``nn.Parameter`` [dim], float64 if a weight is, else float32.
+        scales: ``nn.Parameter`` [tensors]; ``None`` for ``structure="shared"``.
+        names: of the parameters that take part, in the order of the model.
+
+    Frozen parameters stay as they are. A checkpoint of the plain model, loaded into ``sub.model``, moves theta0. Under
+    DDP d numbers are reduced; with FSDP2 wrap first, then ``fully_shard`` the blocks and the Subspace.
+
+    Sources: Li et al., "Measuring the intrinsic dimension of objective landscapes", ICLR 2018; ``reference.py``.
+
+    Raises (before anything is changed):
+        TypeError: an argument of another kind; a selected parameter that is an integer or complex.
+        ValueError: ``dim`` below 1 or above D, an unknown projection, a basis of another shape, a pattern that matches
+            nothing, no parameter or a frozen one selected, parameters on several devices, a weight that is computed
+            already or cannot be.
+    """
+
+    coordinates: nn.Parameter
+    scales: nn.Parameter | None
+    step: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dim: int,
+        projection: str | Projection = "block_hadamard",
+        seed: int = 0,
+        normalize: str = "global",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        extra_trainable: Sequence[str] | None = None,
+        redraw: str | None = None,
+        structure: str = "shared",
+        bucket_bytes: int = 25 * 2**20,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Subspace: model must be an nn.Module, got {type(model).__name__}")
+        require_int("Subspace", "dim", dim, 1)
+        require_int("Subspace", "seed", seed)
+        require_int("Subspace", "bucket_bytes", bucket_bytes, 1)
+        require_choice("Subspace", "normalize", normalize, NORMALIZE)
+        require_choice("Subspace", "structure", structure, STRUCTURES)
+        projection = projection_of("Subspace", projection)
+        if redraw is not None:
+            require_choice("Subspace", "redraw", redraw, ("step",))
+            if not projection.redraws:
+                raise ValueError(f"Subspace: redraw must be None for {projection.kind}, which has no other P")
+        chosen, extra = choose("Subspace", model, include, exclude, extra_trainable)
+        self._set_up(model, chosen, extra, dim, projection, seed, normalize, redraw, structure, bucket_bytes)
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        chosen: Sequence[Member],
+        extra: Sequence[Member],
+        dim: int,
+        projection: Projection,
+        seed: int,
+        normalize: str,
+        redraw: str | None,
+        structure: str,
+        bucket_bytes: int = 25 * 2**20,
+    ) -> None:
+        maps = _maps(chosen, dim, projection, seed, normalize, structure)
+        transforms = [ProjectedWeight(self, k) for k in range(len(chosen))]
+        for member, transform in zip(chosen, transforms, strict=True):
+            for module, name in member.places:
+                if name in slots_of(module):
+                    raise ValueError(f"Subspace: {member.name} is computed already; exclude it, or wx.bake it first")
+                refuse(module, name, member.parameter, transform)
+
+        self.projection, self.dim, self.seed = projection, dim, seed
+        self.normalize, self.structure, self.redraws = normalize, structure, redraw
+        self.names = tuple(m.name for m in chosen)
+        self.extra_names = tuple(m.name for m in extra)
+        self._maps, self._sigmas = maps, initial_sigmas(chosen)
+        self._rows = [maps[0].names.index(n) for n in self.names] if len(maps) == 1 else [0] * len(maps)
+        first = chosen[0].parameter
+        wide = any(m.parameter.dtype == torch.float64 for m in chosen)
+        options: Any = {"dtype": torch.float64 if wide else torch.float32, "device": first.device}
+        self.coordinates = nn.Parameter(torch.zeros(_coordinates_of(chosen, dim, structure), **options))
+        scales = None if structure == "shared" else nn.Parameter(torch.ones(len(chosen), **options))
+        self.register_parameter("scales", scales)
+        step = None if redraw is None else torch.zeros((), dtype=torch.int64, device=first.device)
+        self.register_buffer("step", step)
+        self._places = [list(m.places) for m in chosen]
+        self._thawed = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        for member in extra:
+            member.parameter.requires_grad_()
+        self._install(chosen, transforms)
+        self.model = model
+        self._group = Group.over(model, [m.places[0] for m in chosen], bucket_bytes, accumulates=False)
+        if redraw is not None:
+            _redrawn.add(self)
+
+    @classmethod
+    def _of_parts(
+        cls,
+        model: nn.Module,
+        chosen: Sequence[Member],
+        extra: Sequence[Member],
+        dim: int,
+        projection: Projection,
+        seed: int,
+        normalize: str,
+        redraw: str | None,
+        structure: str,
+        coordinates: Tensor,
+        scales: Tensor | None,
+        step: int,
+    ) -> Subspace:
+        """Of checked parts (an adapter file), frozen parameters among them."""
+        sub = cls.__new__(cls)
+        nn.Module.__init__(sub)
+        total = _coordinates_of(chosen, dim, structure)
+        if coordinates.shape != (total,) or (scales is None) != (structure == "shared"):
+            raise ValueError(f"Subspace.load: coordinates must be {total} numbers, got {describe(coordinates)}")
+        sub._set_up(model, chosen, extra, dim, projection, seed, normalize, redraw, structure)
+        with torch.no_grad():
+            sub.coordinates.copy_(coordinates)
+            if sub.scales is not None and scales is not None:
+                sub.scales.copy_(scales)
+            if sub.step is not None:
+                sub.step.fill_(step)
+        return sub
+
+    def _install(self, chosen: Sequence[Member], transforms: Sequence[ProjectedWeight]) -> None:
+        for member, transform in zip(chosen, transforms, strict=True):
+            slot: Slot | None = None
+            for module, name in member.places:
+                if slot is None:
+                    slot = new_slot(module, member.parameter)
+                else:
+                    slot.users += 1
+                install(module, name, member.parameter, transform, slot)
+
+    @property
+    def kind(self) -> str:
+        return self.projection.kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``model(*args, **kwargs)``."""
+        return self.model(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        total = sum(t.numel() for t in self._theta0())
+        return f"{self.dim} of {total}, {self.projection}, seed={self.seed}, normalize={self.normalize!r}"
+
+    # what the weights ask for
+
+    def _state(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.coordinates, self.scales, self.step) if t is not None)
+
+    def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
+        z, scales, step = self.coordinates, self.scales, self.step
+        if scales is None:
+            return self._maps[0].project(z, raws, [self._rows[m] for m in members], None, step)
+        outs = []
+        for member, raw in zip(members, raws, strict=True):
+            own, which = (z, 0) if self.structure == "said" else (self._part(z, member), member)
+            outs += self._maps[which].project(scales[member] * own, [raw], [self._rows[member]], None, step)
+        return outs
+
+    def _part(self, z: Tensor, member: int) -> Tensor:
+        start = sum(m.dim for m in self._maps[:member])
+        return z[start : start + self._maps[member].dim]
+
+    def _theta0(self) -> list[Tensor]:
+        return [places[0][0]._parameters[places[0][1]] for places in self._places]  # type: ignore[misc]
+
+    # what a user does with it
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """z = 0 (and scales of 1): the model computes with theta0 again."""
+        self.coordinates.zero_()
+        if self.scales is not None:
+            self.scales.fill_(1)
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Make the present weights theta0, z zero, and take the next P. ``redraw="step"`` does so after each step.
+
+        Raises:
+            RuntimeError: not made with ``redraw``; or 2^32 - 1 of them were drawn.
+        """
+        if self.step is None:
+            raise RuntimeError("Subspace.redraw: it was made with redraw=None and has one P")
+        if not self.step.is_cuda and int(self.step) >= _LAST_STEP:
+            raise RuntimeError("Subspace.redraw: 2^32 - 1 projections were drawn; there are no more")
+        self._fold()
+        self.reset()
+        self.step += 1
+
+    def _fold(self) -> None:
+        for (module, name), *_ in self._places:
+            raw = module._parameters[name]
+            assert raw is not None
+            raw.copy_(getattr(module, name).detach())
+
+    def bake(self) -> nn.Module:
+        """The model, plain, with the present weights; its parameters require gradients as they did at first.
+
+        Optimizers of the model's own parameters go on with them: they are the same tensors. The Subspace is of no use
+        any more.
+        """
+        self._check_alone("bake")
+        with torch.no_grad():
+            self._fold()
+        return self._leave()
+
+    def unwrap(self) -> nn.Module:
+        """The model, plain, with the weights theta0; otherwise as :meth:`bake`."""
+        self._check_alone("unwrap")
+        return self._leave()
+
+    def _check_alone(self, what: str) -> None:
+        for name, places in zip(self.names, self._places, strict=True):
+            for module, attribute in places:
+                own = module._modules.get(child_name(attribute))
+                if not isinstance(own, ProjectedWeight) or own.owner is not self:
+                    raise RuntimeError(
+                        f"Subspace.{what}: {name} is not computed by this Subspace alone; it was baked, or has another "
+                        "transform on top"
+                    )
+
+    def _leave(self) -> nn.Module:
+        for places in self._places:
+            for module, name in places:
+                slots_of(module)[name].forget()
+                del module._modules[child_name(name)]
+                set_slots(module, {k: s for k, s in slots_of(module).items() if k != name})
+        if self._group is not None:
+            self._group.leave(self.model)
+        _redrawn.discard(self)
+        for parameter in self._thawed:
+            parameter.requires_grad_()
+        return self.model
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write z, what P is, and the model's buffers and extra trainables: an adapter, a few kilobytes (safetensors).
+
+        theta0 is not in it, only its fingerprint. ``spec-projections``, section 13, says what the file holds.
+
+        Raises:
+            ValueError: coordinates are not finite.
+        """
+        from .adapter import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module, basis: Tensor | None = None) -> Subspace:
+        """Wrap ``model`` (which has the weights theta0) as the adapter at ``path`` says: the same weights, bit for bit.
+
+        ``basis``: for ``wx.subspace.Dense``, whose matrix is not in the file. The model may have parameters that the
+        adapter does not know; they are frozen. No code of the file is run.
+
+        Raises (before the model is changed):
+            ValueError: the file is no adapter, damaged, or of another version; the model has other tensors or values
+                than those that it was trained on; coordinates are not finite.
+            OSError: the file cannot be read.
+        """
+        from .adapter import load
+
+        return load(cls, path, model, basis)
+
+    # nn.Module
+
+    def describe(self) -> dict[str, Any]:
+        """What P is: the entries of an adapter file's description that a checkpoint must agree in."""
+        return {
+            "kind": self.kind, "d": self.dim, "seed": self.seed, "normalize": self.normalize,
+            "structure": self.structure, "redraw": self.redraws, "names": list(self.names),
+            **self.projection.options(),
+        }  # fmt: skip
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.describe()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        pass  # checked before anything was loaded
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        theirs = state_dict.get(prefix + "_extra_state")
+        ours = self.describe()
+        if theirs is not None and theirs != ours:
+            different = [k for k in ours if not isinstance(theirs, dict) or theirs.get(k) != ours[k]]
+            raise ValueError(
+                f"Subspace: the checkpoint is of another projection; {different[0] if different else 'it'} differs"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Subspace:
+        """``half()`` and ``bfloat16()`` are for the weights: z stays in float32."""
+        before = self.coordinates.detach().clone()
+        scales = None if self.scales is None else self.scales.detach().clone()
+        super()._apply(fn, recurse)
+        for parameter, precise in ((self.coordinates, before), (self.scales, scales)):
+            if parameter is not None and precise is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = precise.to(parameter.device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._buffers.get("step") is not None:
+            _redrawn.add(self)
+
+
+def _coordinates_of(chosen: Sequence[Member], dim: int, structure: str) -> int:
+    return sum(min(dim, m.parameter.numel()) for m in chosen) if structure == "per_tensor" else dim
+
+
+def _maps(
+    chosen: Sequence[Member], dim: int, projection: Projection, seed: int, normalize: str, structure: str
+) -> list[Map]:
+    sizes = {m.name: m.parameter.numel() for m in chosen}
+    if not projection.normalizes and normalize != "global":
+        raise ValueError(f"Subspace: normalize must be 'global' for {projection.kind}, got {normalize!r}")
+    sigmas = initial_sigmas(chosen)
+    if structure != "per_tensor":
+        return [projection.map_of(sizes, dim, seed, normalize, sigmas)]
+    if isinstance(projection, Learned) or projection.kind in ("dense", "fastfood"):
+        raise ValueError(f"Subspace: structure must be 'shared' or 'said' for {projection.kind}, got 'per_tensor'")
+    return [projection.map_of({n: k}, min(dim, k), seed, "global", sigmas) for n, k in sizes.items()]
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    for sub in list(_redrawn):
+        if any(p is sub.coordinates for group in optimizer.param_groups for p in group["params"]):
+            sub.redraw()
+
+
+register_optimizer_step_post_hook(_after_step)

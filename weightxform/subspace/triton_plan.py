@@ -1,0 +1,130 @@
+"""The tables that the Triton kernels of projections read: which tensors there are, and which program does what.
+
+A ``Table`` depends on everything but addresses. It is uploaded once and kept, as those of spectral normalization are;
+addresses go into a second, small table. ``table`` is int64::
+
+    header        the float64 bits of 2^-1/2 as the dtype of the numbers rounds it
+    lows          [strata + 1]: the first column of each stratum, and d
+    rows          [tensors, FIELDS]
+    windows       [tensors, strata]: o_t | delta_t << 32
+    entries       for each launch, the work in order: tensor | block << 32
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spectral_norm import triton_plan as tables
+from . import philox as draw
+from .reference import Row, root, stratum
+
+NAMES = ("numel", "start", "k0", "k1", "first", "count", "factor", "spread")
+FIELDS = len(NAMES)
+CHUNK = 4096  # elements that a program holds at once; 16 for each of its threads
+
+
+class Member(NamedTuple):
+    """What a table has of a tensor: its row of the layout, what of it is here, its factor.
+
+    ``spread``: all strides are 0, one number stands for every element.
+    """
+
+    row: Row
+    first: int
+    count: int
+    factor: float
+    spread: bool
+
+
+def _ceil(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def bits_of(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+class Launch(NamedTuple):
+    """``count`` entries of the table from ``at`` on."""
+
+    at: int
+    count: int
+
+
+class Table:
+    """See above. ``rows``, ``windows``: where they begin; ``work``: the entries of the one launch."""
+
+    def __init__(
+        self, members: Sequence[Member], dtype: torch.dtype, dim: int, unit: int, tile: int = 1, strata: int = 1,
+        windows: bool = False,
+    ) -> None:  # fmt: skip
+        self.members, self.dtype, self.dim, self.unit = members, dtype, dim, unit
+        self.tile, self.strata, self.with_windows = tile, strata, windows
+        self.rows = 1 + strata + 1
+        self.windows = self.rows + FIELDS * len(members)
+        self.work = Launch(0, 0)
+        self.table: Any = None
+        self.held = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether a place of a window needs more than 32 bits on its way."""
+        return any(max(self.dim + 2 * m.row.numel, m.row.start + m.row.numel) >= 2**32 for m in self.members)
+
+    def finish(self) -> Tensor:
+        """The table on the host; sets ``work``."""
+        parts = [torch.tensor([bits_of(root(2, self.dtype)), *self._lows()], dtype=torch.int64)]
+        for (numel, start, key), first, count, factor, spread in self.members:
+            row = [numel, start, *key, first, count, bits_of(factor), int(spread)]
+            parts.append(torch.tensor(row, dtype=torch.int64))
+        if self.with_windows:
+            parts.append(self._windows().flatten())
+        at = sum(map(len, parts))
+        blocks = [
+            torch.arange(m.first // self.unit, _ceil(m.first + m.count, self.unit) if m.count else m.first // self.unit)
+            for m in self.members
+        ]
+        entries = [(block << 32) | i for i, block in enumerate(blocks)]
+        self.work = Launch(at, sum(map(len, entries)))
+        return torch.cat([*parts, *entries])
+
+    def _lows(self) -> list[int]:
+        return [stratum(self.dim, self.strata, r)[0] for r in range(self.strata)] + [self.dim]
+
+    def _windows(self) -> Tensor:
+        """[tensors, strata]: where the window of the first block begins, and by how much each pass is turned."""
+        keys: Any = tuple(torch.tensor([[m.row.key[i]] for m in self.members]) for i in (0, 1))
+        r = torch.arange(self.strata).expand(len(self.members), -1)
+        words = draw.philox(keys, draw.SETUP, torch.zeros_like(r), r)
+        widths = torch.tensor(self._lows()).diff()
+        delta = torch.where(widths > self.tile, (words[..., 1] * widths) >> 32, 0)
+        return ((words[..., 0] * widths) >> 32) | (delta << 32)
+
+
+def table_for(key: tuple, device: torch.device, build: Callable[[], Table]) -> Table:
+    """The table of ``key``, on ``device``.
+
+    Raises:
+        RuntimeError: it does not exist, and a CUDA graph is being captured: a copy from the host would be repeated.
+    """
+    key = ("subspace", *key)
+    if tables.capturing(device) and tables.plans.get((device, *key)) is None:
+        raise RuntimeError(
+            "subspace: a CUDA graph is being captured, and the Triton kernels have not seen tensors of these shapes: "
+            "run the same code once before the capture"
+        )
+    found: Any = tables.plan_for(key, device, build)  # type: ignore[arg-type]
+    return found
+
+
+def accumulators(work: int, width: int, elements: int) -> int:
+    """How many partial sums of ``width`` numbers a backward keeps: many, as long as they are few beside ``elements``."""
+    return max(1, min(work, 1024, max((1 << 20) // width, elements // (2 * width))))
+
+
+address_table = tables.address_table
