@@ -1,0 +1,151 @@
+// What is drawn from Philox: sign bits, block permutations, coins; the counters are those of
+// weightxform/subspace/philox.py.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../common/philox.h"
+#include "simd.h"
+
+namespace wx::sub {
+
+enum Stream : uint32_t { kSetup = 1, kPerm, kSignIn, kSignOut, kEntry, kFfB, kFfG, kFfPerm };
+
+WX_INLINE Words draw(Key key, Stream stream, int64_t pos, uint32_t column, uint32_t step) {
+  return philox(key, static_cast<uint32_t>(pos), stream << 24 | static_cast<uint32_t>(pos >> 32), column, step);
+}
+
+// N draws at once, word w of draw l in out[w][l]: either N positions, or one position and N columns.
+template <int N>
+WX_INLINE void draw_lanes(Key key, Stream stream, int64_t pos, uint32_t column, uint32_t step, bool along_columns,
+                          uint32_t (*out)[N]) {
+  uint32_t* c0 = out[0];
+  uint32_t* c1 = out[1];
+  uint32_t* c2 = out[2];
+  uint32_t* c3 = out[3];
+  const auto high = static_cast<uint32_t>(pos >> 32);
+  const auto low = static_cast<uint32_t>(pos);
+  for (int l = 0; l < N; l++) {
+    const uint32_t at = along_columns ? low : low + l;
+    c0[l] = at;
+    c1[l] = stream << 24 | (high + (at < low));
+    c2[l] = along_columns ? column + l : column;
+    c3[l] = step;
+  }
+  uint32_t k0 = key.k0, k1 = key.k1;
+  for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 1  // unrolled, it is not vectorised
+    for (int l = 0; l < N; l++) {
+      const uint64_t p = uint64_t{0xD2511F53} * c0[l], q = uint64_t{0xCD9E8D57} * c2[l];
+      const uint32_t n0 = static_cast<uint32_t>(q >> 32) ^ c1[l] ^ k0, n2 = static_cast<uint32_t>(p >> 32) ^ c3[l] ^ k1;
+      c1[l] = static_cast<uint32_t>(q);
+      c3[l] = static_cast<uint32_t>(p);
+      c0[l] = n0;
+      c2[l] = n2;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// Sign bits of 4096 elements, from 4096 `chunk` on: 128 words.
+struct SignChunk {
+  template <int Bytes>
+  WX_INLINE static void body(Key key, Stream stream, int64_t chunk, uint32_t column, uint32_t step, uint32_t* words) {
+    alignas(64) uint32_t out[4][32];
+    draw_lanes<32>(key, stream, chunk * 32, column, step, false, out);
+    for (int l = 0; l < 32; l++)
+      for (int w = 0; w < 4; w++) words[4 * l + w] = out[w][l];
+  }
+};
+
+// The sign bits around the elements [start, start + count) of a tensor; kept, because tiles that follow need them too.
+class Signs {
+ public:
+  static constexpr int64_t kChunk = 4096;
+
+  // Words whose bit 0 of the first is the sign of element `start`, a multiple of 32.
+  const uint32_t* of(Key key, Stream stream, uint32_t column, uint32_t step, int64_t start, int64_t count,
+                     int64_t numel) {
+    const int64_t chunk = start / kChunk, end = (start + count + kChunk - 1) / kChunk;
+    const bool same = chunk >= from_ && end <= to_ && key.k0 == key_.k0 && key.k1 == key_.k1 && column == column_;
+    if (!same) {
+      key_ = key, column_ = column, from_ = chunk, to_ = end;
+      words_.resize((end - chunk) * kChunk / 32);
+      if (numel <= 1024)
+        for (int64_t k = 0; k * 128 < numel; k++) {
+          const Words w = draw(key, stream, k, column, step);
+          for (int i = 0; i < 4; i++) words_[4 * k + i] = w.at[i];
+        }
+      else
+        for (int64_t k = chunk; k < end; k++)
+          run<SignChunk>(key, stream, k, column, step, words_.data() + (k - chunk) * kChunk / 32);
+    }
+    return words_.data() + (start - from_ * kChunk) / 32;
+  }
+
+ private:
+  Key key_{};
+  uint32_t column_ = 0;
+  int64_t from_ = 0, to_ = -1;
+  std::vector<uint32_t> words_;
+};
+
+// The bijection v = pi(j) of a block of 2^m places, and its inverse; m <= 16 where the type is uint16_t.
+struct Permutation {
+  uint32_t a0, a1, a2, k;
+  int m;
+
+  Permutation(const Words& w, int bits) : a0(w.at[0] | 1), a1(w.at[1] | 1), a2(w.at[2] | 1), k(w.at[3]), m(bits) {}
+
+  WX_INLINE int shift() const { return (m + 1) >> 1; }
+  WX_INLINE uint32_t mask() const { return (uint32_t{1} << m) - 1; }
+  WX_INLINE uint32_t operator()(uint32_t j) const {
+    uint32_t x = ((j + k) * a0) & mask();
+    x ^= x >> shift();
+    x = (x * a1) & mask();
+    x ^= x >> shift();
+    return (x * a2) & mask();
+  }
+  static uint32_t inverse(uint32_t a) {  // mod 2^32, Newton; a is right to 3 bits
+    uint32_t x = a;
+    for (int i = 0; i < 5; i++) x *= 2 - a * x;
+    return x;
+  }
+};
+
+// pi(j), or j for v = 0, 1, ... (the inverse), as 16-bit numbers.
+struct Places {
+  template <int Bytes>
+  WX_INLINE static void body(Permutation pi, bool inverse, uint16_t* out, int64_t length) {
+    using V = typename Pack<uint16_t, Bytes>::V;
+    constexpr int N = Bytes / 2;
+    const auto mask = static_cast<uint16_t>(pi.mask());
+    const int shift = pi.shift();
+    const auto word = [](uint32_t a) { return static_cast<uint16_t>(a); };
+    const uint16_t b0 = word(inverse ? Permutation::inverse(pi.a2) : pi.a0);
+    const uint16_t b1 = word(inverse ? Permutation::inverse(pi.a1) : pi.a1);
+    const uint16_t b2 = word(inverse ? Permutation::inverse(pi.a0) : pi.a2);
+    const uint16_t before = inverse ? 0 : word(pi.k), after = inverse ? word(pi.k) : 0;
+    V x, j;
+    for (int l = 0; l < N; l++) j[l] = static_cast<uint16_t>(l);
+    for (int64_t at = 0; at < length; at += N, j += N) {  // writes up to N - 1 more than length
+      x = ((j + before) * b0) & mask;
+      x ^= x >> shift;
+      x = (x * b1) & mask;
+      x ^= x >> shift;
+      x = (x * b2 - after) & mask;
+      put(out + at, x);
+    }
+  }
+};
+
+WX_INLINE int32_t coins(uint32_t word) {
+  uint32_t x = word >> 1;
+  x = x - ((x >> 1) & 0x55555555u);
+  x = (x & 0x33333333u) + ((x >> 2) & 0x33333333u);
+  x = (x + (x >> 4)) & 0x0F0F0F0Fu;
+  return 2 * static_cast<int32_t>((x * 0x01010101u) >> 24) - 31;
+}
+
+}  // namespace wx::sub

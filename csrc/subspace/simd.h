@@ -1,0 +1,121 @@
+// One source for three vector widths: a kernel is a struct with body<Bytes>(args), and run<Kernel>(args) calls the one
+// that the machine has. Unlike target_clones it tells the body how wide a vector is, which shuffles must know.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../common/vec.h"
+
+namespace wx::sub {
+
+template <class C, int Bytes>
+struct Pack {
+  typedef C V __attribute__((vector_size(Bytes)));
+};
+
+template <class C, int Bytes>
+struct Packs {
+  using Bits = std::conditional_t<sizeof(C) == 8, uint64_t, uint32_t>;
+  using F = typename Pack<C, Bytes>::V;
+  using U = typename Pack<Bits, Bytes>::V;
+  static constexpr int N = Bytes / sizeof(C);
+};
+
+template <class V, class C>
+WX_INLINE void get(V& v, const C* p) {
+  __builtin_memcpy(&v, p, sizeof v);
+}
+template <class V, class C>
+WX_INLINE void put(C* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// x with its sign flipped where `minus`, also that of 0.
+WX_INLINE float flip(float x, bool minus) { return from_bits(to_bits(x) ^ (static_cast<uint32_t>(minus) << 31)); }
+WX_INLINE double flip(double x, bool minus) { return minus ? -x : x; }
+
+WX_INLINE bool sign_at(const uint32_t* signs, int64_t e) { return signs[e >> 5] >> (e & 31) & 1; }
+
+// Bits of a word as sign bits of lanes: at(m, word) has those of the bits from `first` on.
+template <class C, int Bytes>
+struct SignBits {
+  using P = Packs<C, Bytes>;
+  using U = typename P::U;
+  U by;
+
+  WX_INLINE explicit SignBits(int first) {
+    for (int l = 0; l < P::N; l++)
+      by[l] = Bytes > 16 ? sizeof(C) * 8 - 1 - (first + l) : typename P::Bits{1} << (first + l);
+  }
+  WX_INLINE void at(U& m, uint32_t word) const {
+    const U sign = U{} + (typename P::Bits{1} << (sizeof(C) * 8 - 1));
+    if constexpr (Bytes > 16)
+      m = ((U{} + word) << by) & sign;
+    else  // SSE2 has no shift of its own for each lane
+      m = reinterpret_cast<U>(((U{} + word) & by) == by) & sign;
+  }
+};
+
+// x[0 .. 32) with the signs of one word flipped; part(k, x_k) for each vector of them would not be inlined everywhere,
+// so callers loop over kParts vectors themselves.
+template <class C, int Bytes>
+struct Flip32 {
+  using P = Packs<C, Bytes>;
+  using F = typename P::F;
+  using U = typename P::U;
+  static constexpr int kParts = 32 / P::N;
+
+  WX_INLINE static void apply(F& x, uint32_t word, int part) {
+    U m;
+    SignBits<C, Bytes>(part * P::N).at(m, word);
+    x = reinterpret_cast<F>(reinterpret_cast<U>(x) ^ m);
+  }
+};
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+
+template <class Kernel, class... A>
+__attribute__((target("arch=x86-64-v4"), noinline)) void on_v4(A... a) {
+  Kernel::template body<64>(a...);
+}
+template <class Kernel, class... A>
+__attribute__((target("arch=x86-64-v3"), noinline)) void on_v3(A... a) {
+  Kernel::template body<32>(a...);
+}
+
+inline int vector_bytes() {
+  static const int bytes = [] {
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    return v3 && v4 ? 64 : v3 ? 32 : 16;
+  }();
+  return bytes;
+}
+
+#else
+
+inline int vector_bytes() { return 16; }
+
+#endif
+
+template <class Kernel, class... A>
+__attribute__((noinline)) void on_any(A... a) {
+  Kernel::template body<16>(a...);
+}
+
+template <class Kernel, class... A>
+void run(A... a) {
+#if defined(__x86_64__) && defined(__gnu_linux__)
+  const int bytes = vector_bytes();
+  if (bytes == 64) return on_v4<Kernel>(a...);
+  if (bytes == 32) return on_v3<Kernel>(a...);
+#endif
+  on_any<Kernel>(a...);
+}
+
+}  // namespace wx::sub
