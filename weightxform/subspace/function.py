@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import dense, differentiable, joined, through_ops, variant
+from ..autograd import dense, differentiable, guard, joined, through_ops, variant
 from ..numerics import opmath
 from . import op
 
@@ -206,6 +206,57 @@ def project(call: Call, tables: Sequence[Any], z: Tensor, theta0: Sequence[Tenso
         return call.forward(z, tables, theta0)
     function = variant(ProjectFunction, ProjectEager, ProjectJoined)
     return list(function.apply(call, len(tables), z, *tables, *theta0))
+
+
+class ScaleFunction(torch.autograd.Function):
+    """``(scales, z, member) -> scales[member] z``, whose graph stands many backward passes."""
+
+    @staticmethod
+    def forward(scales, z, member):
+        return scales[member] * z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.scales, ctx.z, ctx.member = inputs
+        ctx.set_materialize_grads(False)
+        ctx.unchanged = guard("Subspace", (ctx.scales, ctx.z))
+
+    @staticmethod
+    def backward(ctx, dout):
+        if dout is None:
+            return None, None, None
+        if ctx.unchanged is not None:
+            ctx.unchanged.check()
+        dscales = torch.zeros_like(ctx.scales)
+        dscales = dscales.index_put((torch.tensor(ctx.member, device=dout.device),), (dout * ctx.z).sum())
+        return dscales, ctx.scales[ctx.member] * dout, None
+
+    @staticmethod
+    def vmap(info, in_dims, scales, z, member):
+        def of(t: Tensor, d: int | None) -> Tensor:
+            return t if d is None else t.movedim(d, 0)
+
+        scale = of(scales, in_dims[0])[..., member]
+        return (scale if in_dims[0] is None else scale[:, None]) * of(z, in_dims[1]), 0
+
+
+class ScaleEager(ScaleFunction):
+    """The same with forward-mode AD."""
+
+    @staticmethod
+    def jvp(ctx, scales_t, z_t, _):
+        tangent = torch.zeros_like(ctx.z)
+        if scales_t is not None:
+            tangent = scales_t[ctx.member] * ctx.z
+        return tangent if z_t is None else tangent + ctx.scales[ctx.member] * z_t
+
+
+ScaleJoined = joined(ScaleEager)
+
+
+def scaled(scales: Tensor, z: Tensor, member: int) -> Tensor:
+    """``scales[member] * z``, [dim]."""
+    return variant(ScaleFunction, ScaleEager, ScaleJoined).apply(scales, z, member)
 
 
 class _Op:

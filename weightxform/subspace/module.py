@@ -17,6 +17,7 @@ from ..computed import install, new_slot, refuse
 from ..slot import Slot
 from ..swap import child_name, set_slots, slots_of
 from ..transform import Transform, describe
+from .function import scaled
 from .maps import Map
 from .projections import NORMALIZE, Learned, Projection, projection_of
 from .select import Member, choose, initial_sigmas
@@ -249,7 +250,7 @@ class Subspace(nn.Module):
         outs = []
         for member, raw in zip(members, raws, strict=True):
             own, which = (z, 0) if self.structure == "said" else (self._part(z, member), member)
-            outs += self._maps[which].project(scales[member] * own, [raw], [self._rows[member]], None, step)
+            outs += self._maps[which].project(scaled(scales, own, member), [raw], [self._rows[member]], None, step)
         return outs
 
     def _part(self, z: Tensor, member: int) -> Tensor:
