@@ -16,16 +16,13 @@ from .reference import FASTFOOD, TILED, Row, runs, stratum, tile_scale, windows
 
 VERSION = 1
 TILE = 4096
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
     """The qualified name of a parameter without what DDP, FSDP, torch.compile and checkpoint wrappers put in it."""
-    for prefix in _WRAPPERS:
-        if name.startswith(prefix):
-            return plain_name(name[len(prefix) :])
-        name = name.replace("." + prefix, ".")
-    return name
+    *path, last = name.split(".")
+    return ".".join([*(part for part in path if part not in _WRAPPERS), last])
 
 
 def tensor_key(seed: int, kind: str, name: str) -> draw.Key:
