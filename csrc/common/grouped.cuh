@@ -12,6 +12,7 @@ constexpr int kArgumentBytes = 32764;  // that CUDA takes from 12.1 on
 // `Common` is what all members share. Member has `int first`: the first of the blocks, or items, that are its own.
 template <class Common, class Member, int N>
 struct Table {
+  static constexpr int kMembers = N;
   Common common;
   int count;
   int items;  // of all members

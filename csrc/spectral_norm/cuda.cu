@@ -1,5 +1,6 @@
 // Spectral normalization on CUDA: from tensors to kernels.cuh. Everything is checked before anything is allocated.
 #include "../common/cuda_shims.h"
+#include "../common/cuda_tensors.h"
 #include "kernels.cuh"
 #include "layout.cuh"
 
@@ -13,25 +14,7 @@
 namespace wx::gpu::sn {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
-
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "spectral_norm: ", what); }
-
-// f(T{}), T being the storage type of `dtype`.
-template <class F>
-void dispatch(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(fp16{});
-    default:
-      return f(bf16{});
-  }
-}
 
 Format format_of(ScalarType dtype) {
   return dtype == ScalarType::Float    ? Format::kFloat
@@ -51,24 +34,6 @@ Path forced_path() {
   }();
   return path;
 }
-
-Integers sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-Integers strides_of(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
-
-Tensor empty(const Tensor& like, Integers sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
-}
-
-Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  using torch::stable::detail::from;
-  const std::optional<ScalarType> type = dtype;
-  std::array<StableIValue, 6> stack{
-      from(t), from(type), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.dim(); i++)

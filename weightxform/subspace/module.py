@@ -44,6 +44,8 @@ class ProjectedWeight(Transform):
         return self  # nothing depends on the mode, so a change of it must not cost a computation
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        if self.owner._gathered.get(self.member):
+            return self.owner._attach(self.member, raw)
         return self.owner._compute([self.member], [raw])[0]
 
     @classmethod
@@ -180,6 +182,8 @@ class Subspace(nn.Module):
         for member in extra:
             member.parameter.requires_grad_()
         self._install(chosen, transforms)
+        self._gathered: dict[int, bool] = {}  # members whose parameter is theta already; see sharded.py
+        self._seen: tuple[Tensor, Tensor | None] | None = None  # z and scales of this forward, once FSDP has them
         self.model = model
         self._group = Group.over(model, [m.places[0] for m in chosen], bucket_bytes, accumulates=False)
         if redraw is not None:
@@ -232,6 +236,8 @@ class Subspace(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``."""
+        if self._seen is not None:
+            self._seen = None
         return self.model(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -244,14 +250,28 @@ class Subspace(nn.Module):
         return tuple(t for t in (self.coordinates, self.scales, self.step) if t is not None)
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
-        z, scales, step = self.coordinates, self.scales, self.step
-        if scales is None:
-            return self._maps[0].project(z, raws, [self._rows[m] for m in members], None, step)
+        """theta of these members."""
+        if self.scales is None:
+            return self._maps[0].project(self.coordinates, raws, [self._rows[m] for m in members], None, self.step)
         outs = []
         for member, raw in zip(members, raws, strict=True):
-            own, which = (z, 0) if self.structure == "said" else (self._part(z, member), member)
-            outs += self._maps[which].project(scaled(scales, own, member), [raw], [self._rows[member]], None, step)
+            z, own = self._z_of(member)
+            outs += own.project(z, [raw], [self._rows[member]], None, self.step)
         return outs
+
+    def _attach(self, member: int, theta: Tensor) -> Tensor:
+        """``theta``, which FSDP gathered, with its gradient."""
+        from .sharded import attached
+
+        z, own = self._z_of(member)
+        return attached(own.call([self._rows[member]], None), own.tables(theta, self.step), z, theta)
+
+    def _z_of(self, member: int, trained: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Map]:
+        """What P_t of a member is multiplied with, and P_t. ``trained``: other coordinates and scales."""
+        z, scales = (self.coordinates, self.scales) if trained is None else trained
+        which = member if self.structure == "per_tensor" else 0
+        z = self._part(z, member) if self.structure == "per_tensor" else z
+        return z if scales is None else scaled(scales, z, member), self._maps[which]
 
     def _part(self, z: Tensor, member: int) -> Tensor:
         start = sum(m.dim for m in self._maps[:member])
@@ -328,6 +348,24 @@ class Subspace(nn.Module):
         for parameter in self._thawed:
             parameter.requires_grad_()
         return self.model
+
+    def shard_rows(self) -> None:
+        """Before ``fully_shard``: let each rank compute the rows of theta that it owns, and gather those.
+
+        Without it theta0 is gathered, and each rank computes all rows of a unit; the numbers are the same. Weights in
+        one unit with the Subspace's own coordinates are computed in that way in any case, so give the blocks units of
+        their own. The Subspace must be sharded before it is used again.
+
+        Raises:
+            ValueError: a projection that mixes all weights (``fastfood``, ``kronecker``).
+        """
+        from .sharded import shard_rows
+
+        if not self.projection.shards:
+            raise ValueError(
+                f"Subspace.shard_rows: {self.kind} mixes all weights, a rank cannot compute its rows alone"
+            )
+        shard_rows(self)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write z, what P is, and the model's buffers and extra trainables: an adapter, a few kilobytes (safetensors).

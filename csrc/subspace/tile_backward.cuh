@@ -1,0 +1,214 @@
+// z_bar = P'g of the tiled kinds. Each gradient is read once, where it lies.
+#pragma once
+#include "sums.cuh"
+#include "tile_forward.cuh"
+
+namespace wx::gpu::sub {
+
+// The tiles of a group that have a block in this range, in order. All threads ask for the next one together.
+template <class T, int N>
+class Walk {
+ public:
+  __device__ Walk(const Table<Common, Part<T>, N>& table, const Sums<Compute<T>>& s, int group, int range)
+      : table_(table), low_(range * s.width), high_(low_ + s.width), all_(s.ranges == 1) {
+    next_ = static_cast<int>(static_cast<int64_t>(table.items) * group / s.groups);
+    end_ = static_cast<int>(static_cast<int64_t>(table.items) * (group + 1) / s.groups);
+    base_ = next_ - static_cast<int>(blockDim.x);
+  }
+
+  // -1 after the last.
+  __device__ int next() {
+    if (all_) return next_ < end_ ? next_++ : -1;
+    __shared__ uint32_t hits[kWarps];
+    while (true) {
+      while (warp_ < warps()) {
+        if (mask_) {
+          const int lane = __ffs(static_cast<int>(mask_)) - 1;
+          mask_ &= mask_ - 1;
+          return base_ + 32 * warp_ + lane;
+        }
+        if (++warp_ < warps()) mask_ = hits[warp_];
+      }
+      base_ += blockDim.x;
+      if (base_ >= end_) return -1;
+      const int item = base_ + threadIdx.x;
+      const uint32_t found = __ballot_sync(0xffffffffu, item < end_ && touches(item));
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) hits[threadIdx.x / 32] = found;
+      __syncthreads();
+      warp_ = 0;
+      mask_ = hits[0];
+    }
+  }
+
+  __device__ bool in_range(int64_t column) const { return column >= low_ && column < high_; }
+
+ private:
+  const Table<Common, Part<T>, N>& table_;
+  int64_t low_, high_;
+  int base_, next_, end_, warp_ = kWarps;
+  uint32_t mask_ = 0;
+  bool all_;
+
+  __device__ int warps() const { return static_cast<int>(blockDim.x / 32); }
+  __device__ bool touches(int item) const {
+    const Common& o = table_.common;
+    const Part<T>& p = table_.member_of(item);
+    const Tile tile(o, p, item - p.first);
+    for (int r = 0; r < o.strata; r++)
+      for (int rest = tile.length, start = 0; rest;) {
+        const int length = 1 << (31 - __clz(rest));
+        if (in_range(column_of(o, p, tile.start + start, r))) return true;
+        start += length;
+        rest -= length;
+      }
+    return false;
+  }
+};
+
+// Adds the blocks of a tile in shared memory to the accumulators, one block after the other: their windows may overlap.
+// get(start, v, level): what belongs to column v of the block at `start`.
+template <class C, class W, class F>
+__device__ void add_blocks(C* acc, int64_t low, const Tile& tile, const Drawn& drawn, const W& walk, const F& get) {
+  for (int rest = tile.length, start = 0; rest;) {
+    const int level = 31 - __clz(rest), length = 1 << level;
+    const int64_t column = drawn.blocks[level].at + start;
+    if (walk.in_range(column)) {
+      C* to = acc + (column - low);
+      for (int v = threadIdx.x; v < length; v += blockDim.x) to[v] = add(to[v], get(start, v, level));
+    }
+    start += length;
+    rest -= length;
+    if (rest) __syncthreads();
+  }
+}
+
+// Of each column the sum of its places, by a warp where there are few columns.
+template <class C>
+__device__ void fold(const Common& o, const C* acc, C* to) {
+  const int lanes = o.dim < o.tile() / 8 ? 32 : 1, lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t step = blockDim.x / lanes, rounds = ceil_div(o.dim, step);
+  for (int64_t i = 0; i < rounds; i++) {
+    const int64_t k = i * step + threadIdx.x / lanes;
+    double sum = 0;
+    if (k < o.dim) {
+      const int r = o.stratum_of(k);
+      const int64_t width = o.width(r), shift = static_cast<int64_t>(r) << o.bits;
+      const int64_t end = o.low(r) + shift + width + o.tile();
+      for (int64_t at = k + shift + lane * width; at < end; at += lanes * width) sum += static_cast<double>(acc[at]);
+    }
+    for (int offset = lanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (k < o.dim && lane == 0) to[k] = static_cast<C>(sum);
+  }
+}
+
+template <class T, int N, bool kHadamard>
+__global__ void __launch_bounds__(kThreads)
+    tile_sums(const __grid_constant__ Table<Common, Part<T>, N> table, const Sums<Compute<T>> s) {
+  using C = Compute<T>;
+  WX_DYNAMIC_SHARED(raw);
+  __shared__ Block blocks[kMaxBits + 1];
+  __shared__ uint32_t in[1 << (kMaxBits - 5)], out[kHadamard ? 1 << (kMaxBits - 5) : 1];
+  const Common& o = table.common;
+  const Drawn drawn{blocks, in, out};
+  const Places places(kHadamard ? o.bits : 0);
+  const int n = o.tile() / kPerThread, own = threadIdx.x, row = blockIdx.y;
+  const int group = static_cast<int>(blockIdx.x) / s.ranges, range = static_cast<int>(blockIdx.x) % s.ranges;
+  C* x = reinterpret_cast<C*>(raw);
+  C* slice = s.slice(group, range, row);
+  C* acc = s.on_chip ? x + Places::count(o.bits) : slice;
+  const int64_t low = range * s.width;
+  for (int64_t i = threadIdx.x; i < s.places; i += blockDim.x) acc[i] = 0;
+
+  Walk<T, N> walk(table, s, group, range);
+  Held<T> held;  // of the next tile, under way while this one is worked on
+  const auto load = [&](int item) {
+    if (item < 0 || own >= n) return;
+    const Part<T>& p = table.member_of(item);
+    held.load(p, Tile(o, p, item - p.first), row, own, n);
+  };
+  int item = walk.next();
+  load(item);
+  while (item >= 0) {
+    const Part<T>& p = table.member_of(item);
+    const Tile tile(o, p, item - p.first);
+    const C factor = kHadamard ? scaled(p.factor, o.bits) : p.factor;
+    const int next = walk.next();
+    for (int r = 0; r < o.strata; r++) {
+      draw_tile(o, p, tile, r, true, drawn);
+      __syncthreads();
+      for (int q = own; q < n; q += blockDim.x) {
+        Held<T> g = held;
+        if (q != own) g.load(p, tile, row, q, n);
+#pragma unroll
+        for (int k = 0; k < kPerThread; k++) {
+          const int j = q + k * n;
+          const C by = kHadamard && !tile.full ? scaled(p.factor, j < tile.length ? tile.level(j) : 0) : factor;
+          x[places(j)] = flip(mul(widen(g.at[k]), by), (kHadamard ? out : in)[j >> 5], j & 31);
+        }
+      }
+      if (r == o.strata - 1) load(next);
+      __syncthreads();
+      if constexpr (kHadamard) {
+        C* to = acc + (tile.full ? blocks[o.bits].at - low : 0);
+        hadamard(x, o.bits, 0, o.bits, tile.length, [&](C(&v)[kPerThread], int q, int, int) {
+#pragma unroll
+          for (int k = 0; k < kPerThread; k++) {
+            const int j = q + k * n;
+            v[k] = flip(v[k], drawn.sign_in(j), j & 31);
+            if (tile.full)
+              to[j] = add(to[j], v[k]);
+            else
+              x[places(j)] = v[k];
+          }
+        });
+        if (!tile.full) {
+          __syncthreads();
+          add_blocks(acc, low, tile, drawn, walk, [&](int start, int v, int) { return x[places(start + v)]; });
+        }
+      } else {
+        add_blocks(acc, low, tile, drawn, walk, [&](int start, int v, int level) {
+          return x[start + static_cast<int>(blocks[level].permutation.back(v, level))];
+        });
+      }
+      __syncthreads();
+    }
+    item = next;
+  }
+  if (!s.on_chip) return;
+  if (s.folded) return fold(o, acc, slice);
+  for (int64_t i = threadIdx.x; i < s.places; i += blockDim.x) slice[i] = acc[i];
+}
+
+// Accumulators that fit beside a tile; float64 gets 4/3 of the bytes.
+template <class C>
+int64_t sum_room(const Common& o) {
+  const int64_t share = int64_t{kSumBytes} * tile_threads(o.bits) / kThreads;
+  const int64_t bytes = max(share, int64_t{kSumBytes} / 3) * (sizeof(C) == 8 ? 4 : 3) / 3;
+  return min(bytes, int64_t{max_shared_bytes()} - kStaticBytes) / static_cast<int64_t>(sizeof(C)) - Places::count(o.bits);
+}
+
+// The groups, and what they need of `data`, are counted by a first call without it.
+template <class T>
+Sums<Compute<T>> launch_tile_sums(const std::vector<Part<T>>& parts, const Common& common, Compute<T>* data, cudaStream_t stream) {
+  using C = Compute<T>;
+  const int threads = tile_threads(common.bits);
+  Sums<C> sums = Sums<C>::of(common, sum_room<C>(common));
+  const int shared = static_cast<int>((Places::count(common.bits) + (sums.on_chip ? sums.places : 0)) * sizeof(C));
+  const auto count = [&](int64_t tiles) { return sums.groups_for(common, tiles, kSumBlocks * min(3, kThreads / threads)); };
+  const auto tiles = [&](const Part<T>& p) { return p.tiles(common.bits); };
+  for_each_table(parts, common, tiles, [&](const auto& table) { sums.total_groups += count(table.items); });
+  sums.data = data;
+  if (!data) return sums;
+  for_each_table(parts, common, tiles, [&](const auto& table) {
+    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
+    sums.groups = count(table.items);
+    const auto kernel = common.permuted ? tile_sums<T, kN, false> : tile_sums<T, kN, true>;
+    allow_shared(kernel, threads, shared);
+    WX_LAUNCH_SHARED(kernel, dim3(sums.groups * sums.ranges, common.batch), threads, shared, stream, table, sums);
+    sums.first_group += sums.groups;
+  });
+  return sums;
+}
+
+}  // namespace wx::gpu::sub
