@@ -36,6 +36,12 @@ def in_order(names: Sequence[str]) -> list[int]:
     return sorted(range(len(names)), key=lambda i: names[i].encode())
 
 
+def require_dim(dim: int, total: int) -> None:
+    """Raise ``ValueError`` unless there are from 1 to D coordinates."""
+    if not 1 <= dim <= total:
+        raise ValueError(f"Subspace: dim must be from 1 to {total}, the elements of the tensors, got {dim}")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """An implicit projection of named tensors. ``layout`` to ``packed`` are arguments of the ops, see ``reference.py``.
@@ -102,8 +108,7 @@ def make_plan(
     names = [list(tensors)[i] for i in in_order(list(tensors))]
     sizes = [tensors[name] for name in names]
     total = sum(sizes)
-    if not 1 <= dim <= total:
-        raise ValueError(f"Subspace: dim must be from 1 to {total}, the elements of the tensors, got {dim}")
+    require_dim(dim, total)
     if columns == "auto":
         columns = "name" if max(sizes) >= dim else "packed"
     if kind in FASTFOOD:

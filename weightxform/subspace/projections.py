@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import require_bool, require_choice, require_int
 from ..transform import describe, require_float
 from .maps import ImplicitMap, KroneckerMap, Map, StoredMap
-from .plan import TILE, in_order, make_plan
+from .plan import TILE, in_order, make_plan, require_dim
 
 NORMALIZE = ("global", "per_tensor", "init")
 
@@ -186,6 +186,7 @@ class Kronecker(Projection):
 
     def map_of(self, sizes: Mapping[str, int], dim: int, seed: int, normalize: str, sigmas: Mapping[str, float]) -> Map:
         names = list(sizes)
+        require_dim(dim, sum(sizes.values()))
         return KroneckerMap({names[i]: sizes[names[i]] for i in in_order(names)}, dim, seed)
 
 
@@ -250,6 +251,8 @@ class Learned(Dense):
                 ``dim``.
         """
         require_int("Learned", "dim", dim, 1)
+        if not names:
+            raise ValueError("Learned: names must be at least one, got none")
         rows = []
         for number, checkpoint in enumerate(checkpoints):
             missing = [name for name in names if name not in checkpoint]
@@ -259,6 +262,8 @@ class Learned(Dense):
         if len(rows) <= dim:
             raise ValueError(f"Learned: checkpoints must be more than dim = {dim}, got {len(rows)}")
         snapshots = torch.stack(rows)
+        if not bool(torch.isfinite(snapshots).all()):
+            raise ValueError("Learned: checkpoints must be finite, one has NaN or infinite values")
         _, s, v = torch.linalg.svd(snapshots - snapshots.mean(0), full_matrices=False)
         if not bool(s[dim - 1] > s[0] * 1e-6):
             raise ValueError(f"Learned: the checkpoints span fewer than dim = {dim} directions")
@@ -286,8 +291,10 @@ class Learned(Dense):
         total = sum(t.numel() for t in tensors.values())
         found: list[tuple[float, int, Tensor, Tensor]] = []
         start = 0
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             matrix = tensor.detach().float()
+            if not bool(torch.isfinite(matrix).all()):
+                raise ValueError(f"Learned: {name} must be finite, it has NaN or infinite values")
             matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix.reshape(-1, 1)
             if matrix.numel():
                 u, s, v = torch.linalg.svd(matrix, full_matrices=False)
