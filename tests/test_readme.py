@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_python_snippets(name: str) -> None:
+def test_python_snippets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # one writes a file
     text = (ROOT / name).read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert snippets
