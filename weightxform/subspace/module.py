@@ -185,6 +185,8 @@ class Subspace(nn.Module):
         self._gathered: dict[int, bool] = {}  # members whose parameter is theta already; see sharded.py
         self._seen: tuple[Tensor, Tensor | None] | None = None  # z and scales of this forward, once FSDP has them
         self.model = model
+        if not projection.shards:  # each call would compute all weights
+            bucket_bytes = 2**62
         self._group = Group.over(model, [m.places[0] for m in chosen], bucket_bytes, accumulates=False)
         if redraw is not None:
             _redrawn.add(self)
