@@ -27,6 +27,13 @@ void dispatch(ScalarType dtype, const F& f) {
   }
 }
 
+inline Format format_of(ScalarType dtype) {
+  return dtype == ScalarType::Float    ? Format::kFloat
+         : dtype == ScalarType::Double ? Format::kDouble
+         : dtype == ScalarType::Half   ? Format::kHalf
+                                       : Format::kBfloat;
+}
+
 inline Integers sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 inline Integers strides_of(const Tensor& t) { return {t.strides().begin(), t.strides().end()}; }
 

@@ -88,6 +88,9 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::type;
 
+// A dtype that is known when a kernel runs.
+enum class Format { kFloat, kDouble, kHalf, kBfloat };
+
 // x / y and x % y; 64-bit division costs about ten times a 32-bit one.
 __device__ inline int64_t divide(int64_t x, int64_t y) {
   if (((x | y) >> 32) == 0) return static_cast<uint32_t>(x) / static_cast<uint32_t>(y);

@@ -16,13 +16,6 @@ namespace {
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "spectral_norm: ", what); }
 
-Format format_of(ScalarType dtype) {
-  return dtype == ScalarType::Float    ? Format::kFloat
-         : dtype == ScalarType::Double ? Format::kDouble
-         : dtype == ScalarType::Half   ? Format::kHalf
-                                       : Format::kBfloat;
-}
-
 // WEIGHTXFORM_CUDA_PATH=phases|resident, for tests and benchmarks.
 Path forced_path() {
   static const Path path = [] {

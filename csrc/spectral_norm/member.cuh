@@ -4,8 +4,6 @@
 
 namespace wx::gpu::sn {
 
-enum class Format { kFloat, kDouble, kHalf, kBfloat };
-
 // Shared by all members of a call.
 struct Options {
   double eps;

@@ -1,5 +1,5 @@
-// Arithmetic whose bits are promised: one rounding for each operation, nothing fused; signs, permutations and coins from
-// Philox. reference.py and philox.py have the maths.
+// Arithmetic whose bits are promised: one rounding for each operation, nothing fused; signs, permutations and coins
+// from Philox. reference.py and philox.py have the maths.
 #pragma once
 #include <type_traits>
 #include <vector>
@@ -93,7 +93,7 @@ void for_each_table(const std::vector<Member>& members, const Common& common, co
     }
     f(table);
   };
-  constexpr size_t kMost = kManyMembers<Common, Member> - 4;  // there are other arguments
+  constexpr size_t kMost = kManyMembers<Common, Member> - 256 / sizeof(Member) - 1;  // there are others
   static_assert(sizeof(Table<Common, Member, kMost>) <= kArgumentBytes - 256);
   if (members.size() <= kFewMembers) return run(std::integral_constant<int, kFewMembers>{}, 0, members.size());
   for (size_t i = 0; i < members.size(); i += kMost)

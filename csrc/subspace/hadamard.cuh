@@ -11,7 +11,7 @@ struct Places {
   __host__ __device__ int operator()(int p) const { return p + (p >> gap); }
   // of p + k 2^shift, all bits of k being 0 in p
   __device__ int step(int shift) const { return shift == 0 ? 1 : (1 << shift) + (1 << shift >> gap); }
-  __host__ static int count(int bits) { return Places(bits)(1 << bits); }
+  __host__ __device__ static int count(int bits) { return Places(bits)(1 << bits); }
 };
 
 // The stages [from, to) of those four that a thread holds: v[k] is element place + k 2^shift.

@@ -12,9 +12,14 @@ namespace wx::gpu::sub {
 constexpr int kSumBytes = WX_SUB_SUM_BYTES;  // of shared memory for a block: three of them on a multiprocessor
 constexpr int kSumBlocks = 384;              // three on each of about 128 multiprocessors
 
+// Groups of the kinds that leave one number for each column: at most 64 MiB of float32, about.
+inline int column_groups(int items, int64_t dim) {
+  return min(items, static_cast<int>(max(int64_t{16}, min(int64_t{1024}, (int64_t{1} << 24) / dim))));
+}
+
 // A window that begins in the columns [range width, (range + 1) width) of zx is added by the block of that range: each
-// has width + tile accumulators, which fit in shared memory however many columns there are. Otherwise (large tiles) they
-// are `data` itself. data [batch, total_groups, ranges, stored].
+// has width + tile accumulators, which fit in shared memory however many columns there are. Otherwise (large tiles)
+// they are `data` itself. data [batch, total_groups, ranges, stored].
 template <class C>
 struct Sums {
   C* data;
@@ -39,6 +44,15 @@ struct Sums {
     }
     return s;
   }
+  // Groups that leave one number for each column.
+  __host__ static Sums of_columns(int64_t dim, C* data) {
+    Sums s{};
+    s.data = data;
+    s.ranges = 1;
+    s.width = s.places = s.stored = dim;
+    s.folded = true;
+    return s;
+  }
   // Enough blocks for the device; but a group has as many elements as accumulators, about.
   __host__ int groups_for(const Common& o, int64_t tiles, int blocks) const {
     const int64_t least = 1 + (places >> (o.bits + 1)), most = on_chip ? max(1, blocks / ranges) : 256;
@@ -49,13 +63,33 @@ struct Sums {
   }
 };
 
+// A float64 sum. Of float64 numbers what each addition loses is summed, too.
+template <class C>
+struct Total {
+  double sum = 0, lost = 0;
+
+  __device__ void add(double x) {
+    const double next = __dadd_rn(sum, x);
+    if constexpr (sizeof(C) == 8) {
+      const double added = __dsub_rn(next, sum);
+      lost += __dadd_rn(__dsub_rn(sum, __dsub_rn(next, added)), __dsub_rn(x, added));
+    }
+    sum = next;
+  }
+  __device__ void add(const Total& other) {
+    add(other.sum);
+    lost += other.lost;
+  }
+  __device__ C value() const { return static_cast<C>(sum + lost); }
+};
+
 // z_bar_k = fl(c_k sum), float64 sums over the groups in their order. A block has 32 columns, a warp takes every
 // kWarps-th group of them.
-template <class C>
-__global__ void __launch_bounds__(kThreads) add_groups(const Sums<C> s, const Common o, const C* c, C* z_bar) {
-  __shared__ double parts[kThreads];
+template <class S, class C>
+__global__ void __launch_bounds__(kThreads) add_groups(const Sums<S> s, const Common o, const C* c, C* z_bar) {
+  __shared__ Total<C> parts[kThreads];
   const int64_t k = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32, row = blockIdx.y;
-  double sum = 0;
+  Total<C> sum;
   if (k < o.dim) {
     const int r = s.folded ? 0 : o.stratum_of(k);
     const int64_t low = o.low(r), width = s.folded ? o.dim : o.width(r), shift = static_cast<int64_t>(r) << o.bits;
@@ -65,23 +99,22 @@ __global__ void __launch_bounds__(kThreads) add_groups(const Sums<C> s, const Co
         const int64_t before = at - s.places + 1;
         const int first = before > 0 ? static_cast<int>(ceil_div(before, s.width)) : 0;
         for (int range = first; range < s.ranges && range * s.width <= at; range++)
-          sum += static_cast<double>(
-              s.data[((row * s.total_groups + g) * s.ranges + range) * s.stored + at - range * s.width]);
+          sum.add(s.data[((row * s.total_groups + g) * s.ranges + range) * s.stored + at - range * s.width]);
       }
     }
   }
   parts[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x >= 32 || k >= o.dim) return;
-  for (int w = 1; w < kWarps; w++) sum += parts[32 * w + threadIdx.x];
-  const C total = static_cast<C>(sum);
+  for (int w = 1; w < kWarps; w++) sum.add(parts[32 * w + threadIdx.x]);
+  const C total = sum.value();
   z_bar[row * o.dim + k] = c ? mul(c[k], total) : total;
 }
 
-template <class C>
-void launch_add_groups(const Sums<C>& sums, const Common& common, const C* c, C* z_bar, cudaStream_t stream) {
+template <class S, class C>
+void launch_add_groups(const Sums<S>& sums, const Common& common, const C* c, C* z_bar, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(common.dim, 32)), common.batch);
-  WX_LAUNCH(add_groups<C>, grid, kThreads, stream, sums, common, c, z_bar);
+  WX_LAUNCH((add_groups<S, C>), grid, kThreads, stream, sums, common, c, z_bar);
 }
 
 }  // namespace wx::gpu::sub

@@ -5,8 +5,8 @@
 
 namespace wx::gpu::sub {
 
-constexpr int kMaxBits = 14;    // of a tile
-constexpr int kPerThread = 16;  // numbers that a thread holds at once
+constexpr int kMaxBits = 14;           // of a tile
+constexpr int kPerThread = 16;         // numbers that a thread holds at once
 constexpr int kStaticBytes = 6 << 10;  // of shared memory, at the most
 
 // What all members of a call share. The columns of stratum r, unrolled by a tile so that a window never wraps, are
@@ -86,15 +86,15 @@ __device__ int64_t column_of(const Common& o, const Part<T>& p, int64_t start, i
 
 // Shared memory for what a tile draws.
 struct Drawn {
-  Block* blocks;         // [kMaxBits + 1], by level
-  uint32_t *in, *out;    // signs, 32 elements a word
+  Block* blocks;       // [kMaxBits + 1], by level
+  uint32_t *in, *out;  // signs, 32 elements a word
 
   __device__ uint32_t sign_in(int j) const { return in[j >> 5]; }
   __device__ uint32_t sign_out(int j) const { return out[j >> 5]; }
 };
 
-__device__ inline void draw_signs(const Common& o, Key key, Stream stream, int64_t start, int r, uint32_t step, int call,
-                                  uint32_t* words) {
+__device__ inline void draw_signs(const Common& o, Key key, Stream stream, int64_t start, int r, uint32_t step,
+                                  int call, uint32_t* words) {
   const Words w = draw(key, stream, (start >> 7) + call, r, step);
   const int skip = static_cast<int>(start >> 5 & 3), n = o.tile() >> 5;
 #pragma unroll

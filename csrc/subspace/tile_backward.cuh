@@ -90,15 +90,16 @@ __device__ void fold(const Common& o, const C* acc, C* to) {
   const int64_t step = blockDim.x / lanes, rounds = ceil_div(o.dim, step);
   for (int64_t i = 0; i < rounds; i++) {
     const int64_t k = i * step + threadIdx.x / lanes;
-    double sum = 0;
+    Total<C> sum;
     if (k < o.dim) {
       const int r = o.stratum_of(k);
       const int64_t width = o.width(r), shift = static_cast<int64_t>(r) << o.bits;
       const int64_t end = o.low(r) + shift + width + o.tile();
-      for (int64_t at = k + shift + lane * width; at < end; at += lanes * width) sum += static_cast<double>(acc[at]);
+      for (int64_t at = k + shift + lane * width; at < end; at += lanes * width) sum.add(acc[at]);
     }
-    for (int offset = lanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (k < o.dim && lane == 0) to[k] = static_cast<C>(sum);
+    for (int offset = lanes / 2; offset; offset /= 2)
+      sum.add({__shfl_down_sync(0xffffffffu, sum.sum, offset), __shfl_down_sync(0xffffffffu, sum.lost, offset)});
+    if (k < o.dim && lane == 0) to[k] = sum.value();
   }
 }
 
@@ -185,17 +186,21 @@ template <class C>
 int64_t sum_room(const Common& o) {
   const int64_t share = int64_t{kSumBytes} * tile_threads(o.bits) / kThreads;
   const int64_t bytes = max(share, int64_t{kSumBytes} / 3) * (sizeof(C) == 8 ? 4 : 3) / 3;
-  return min(bytes, int64_t{max_shared_bytes()} - kStaticBytes) / static_cast<int64_t>(sizeof(C)) - Places::count(o.bits);
+  return min(bytes, int64_t{max_shared_bytes()} - kStaticBytes) / static_cast<int64_t>(sizeof(C)) -
+         Places::count(o.bits);
 }
 
 // The groups, and what they need of `data`, are counted by a first call without it.
 template <class T>
-Sums<Compute<T>> launch_tile_sums(const std::vector<Part<T>>& parts, const Common& common, Compute<T>* data, cudaStream_t stream) {
+Sums<Compute<T>> launch_tile_sums(const std::vector<Part<T>>& parts, const Common& common, Compute<T>* data,
+                                  cudaStream_t stream) {
   using C = Compute<T>;
   const int threads = tile_threads(common.bits);
   Sums<C> sums = Sums<C>::of(common, sum_room<C>(common));
   const int shared = static_cast<int>((Places::count(common.bits) + (sums.on_chip ? sums.places : 0)) * sizeof(C));
-  const auto count = [&](int64_t tiles) { return sums.groups_for(common, tiles, kSumBlocks * min(3, kThreads / threads)); };
+  const auto count = [&](int64_t tiles) {
+    return sums.groups_for(common, tiles, kSumBlocks * min(3, kThreads / threads));
+  };
   const auto tiles = [&](const Part<T>& p) { return p.tiles(common.bits); };
   for_each_table(parts, common, tiles, [&](const auto& table) { sums.total_groups += count(table.items); });
   sums.data = data;
