@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from subspace_models import EXACT, NAMES, SMALL, apply, implicit, matrix, transpose, zeros
+from subspace_models import EXACT, NAMES, SMALL, apply, implicit, matrix, transpose
 from torch import nn
 from torch.testing import assert_close
 
@@ -328,7 +328,3 @@ def test_our_fastfood_gradient_is_that_of_the_explicit_matrix(form, diagonal, st
     assert_close(sub.coordinates.grad, z.grad, **EXACT)
     if structure == "said":
         assert_close(sub.scales.grad, scales.grad, **EXACT)
-
-
-def test_zeros_are_as_long_as_they_say():
-    assert [len(t) for t in zeros(implicit("one_hot", SMALL), SMALL)] == [SMALL[n] for n in sorted(SMALL)]

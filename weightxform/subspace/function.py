@@ -63,7 +63,7 @@ def _kronecker_forward(call: Call, z: Tensor, tables: Sequence[Tensor], theta0: 
     outs = []
     for t0, row in zip(theta0, call._rows(), strict=True):
         theta = (t0.reshape(-1).to(z.dtype) + y[..., row : row + t0.numel()]).to(t0.dtype)
-        theta = theta.reshape(*z.shape[:-1], *t0.shape)
+        theta = theta.reshape((*z.shape[:-1], *t0.shape))
         outs.append(theta if z.ndim > 1 else torch.empty_like(t0).copy_(theta))
     return outs
 

@@ -281,7 +281,7 @@ def forward(
         else:
             assert whole is not None
             y = whole[..., row.start + first : row.start + first + n] * _rounded(factor, z.dtype)
-        theta = (t0.reshape(-1).to(z.dtype) + y).to(t0.dtype).reshape(*batch, *t0.shape)
+        theta = (t0.reshape(-1).to(z.dtype) + y).to(t0.dtype).reshape((*batch, *t0.shape))
         outs.append(theta.contiguous() if batch else torch.empty_like(t0).copy_(theta))
     return outs
 
@@ -355,7 +355,7 @@ def dense_forward(z: Tensor, basis: Tensor, theta0: Sequence[Tensor], rows: Sequ
     outs = []
     for t0, row in zip(theta0, rows, strict=True):
         part = basis[row : row + t0.numel()].to(z.dtype)
-        theta = (t0.reshape(-1).to(z.dtype) + z @ part.T).to(t0.dtype).reshape(*z.shape[:-1], *t0.shape)
+        theta = (t0.reshape(-1).to(z.dtype) + z @ part.T).to(t0.dtype).reshape((*z.shape[:-1], *t0.shape))
         outs.append(theta.contiguous() if z.ndim > 1 else torch.empty_like(t0).copy_(theta))
     return outs
 
