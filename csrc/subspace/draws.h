@@ -114,28 +114,32 @@ struct Permutation {
   }
 };
 
-// pi(j), or j for v = 0, 1, ... (the inverse), as 16-bit numbers.
+// pi(j), or j for v = 0, 1, ... (the inverse), as 16-bit numbers; length is at most 2^15. The m bits of a place stand
+// at the top of a lane, so that products need no mask, and the first product is a sum from vector to vector.
 struct Places {
   template <int Bytes>
   WX_INLINE static void body(Permutation pi, bool inverse, uint16_t* out, int64_t length) {
     using V = typename Pack<uint16_t, Bytes>::V;
     constexpr int N = Bytes / 2;
-    const auto mask = static_cast<uint16_t>(pi.mask());
-    const int shift = pi.shift();
-    const auto word = [](uint32_t a) { return static_cast<uint16_t>(a); };
-    const uint16_t b0 = word(inverse ? Permutation::inverse(pi.a2) : pi.a0);
-    const uint16_t b1 = word(inverse ? Permutation::inverse(pi.a1) : pi.a1);
-    const uint16_t b2 = word(inverse ? Permutation::inverse(pi.a0) : pi.a2);
-    const uint16_t before = inverse ? 0 : word(pi.k), after = inverse ? word(pi.k) : 0;
-    V x, j;
-    for (int l = 0; l < N; l++) j[l] = static_cast<uint16_t>(l);
-    for (int64_t at = 0; at < length; at += N, j += N) {  // writes up to N - 1 more than length
-      x = ((j + before) * b0) & mask;
-      x ^= x >> shift;
-      x = (x * b1) & mask;
-      x ^= x >> shift;
-      x = (x * b2 - after) & mask;
-      put(out + at, x);
+    if (length == 1) {
+      out[0] = 0;
+      return;
+    }
+    const int up = 16 - pi.m, shift = pi.shift();
+    const auto top = [up](uint32_t a) { return static_cast<uint16_t>(a << up); };
+    const uint32_t first = inverse ? Permutation::inverse(pi.a2) : pi.a0;
+    const auto second = static_cast<uint16_t>(inverse ? Permutation::inverse(pi.a1) : pi.a1);
+    const auto third = static_cast<uint16_t>(inverse ? Permutation::inverse(pi.a0) : pi.a2);
+    const uint16_t after = inverse ? top(pi.k) : uint16_t{0}, step = top(N * first);
+    const V bits = V{} + top(pi.mask());
+    V at, x;
+    for (int l = 0; l < N; l++) at[l] = top((l + (inverse ? 0 : pi.k)) * first);
+    for (int64_t j = 0; j < length; j += N, at += step) {  // writes up to N - 1 more than length
+      x = at ^ ((at >> shift) & bits);
+      x *= second;
+      x ^= (x >> shift) & bits;
+      x = (x * third - after) >> up;
+      put(out + j, x);
     }
   }
 };

@@ -64,8 +64,11 @@ struct Hadamard {
   }
 
   template <int Pairs>
-  WX_INLINE static void firsts(C* x, int64_t length) {
-    for (int64_t at = 0; at < length; at += 2 * N * Pairs) first<Pairs>(x + at);
+  WX_INLINE static void firsts(C* x, int64_t length, Ahead ahead) {
+    for (int64_t at = 0; at < length; at += 2 * N * Pairs) {
+      ahead.ask(at, 2 * N * Pairs);
+      first<Pairs>(x + at);
+    }
   }
 
   // The stages from h on; h is at least N.
@@ -88,7 +91,7 @@ struct Hadamard {
     }
   }
 
-  WX_INLINE static void transform(C* x, int64_t length) {
+  WX_INLINE static void transform(C* x, int64_t length, Ahead ahead) {
     if (length < 2 * N) {
       for (int64_t h = 1; h < length; h *= 2)
         for (int64_t j = 0; j < length; j++) {
@@ -101,10 +104,10 @@ struct Hadamard {
     }
     int64_t h = 2 * N;
     if (length >= 2 * N * kPairs) {
-      firsts<kPairs>(x, length);
+      firsts<kPairs>(x, length, ahead);
       h *= kPairs;
     } else {
-      firsts<1>(x, length);
+      firsts<1>(x, length, ahead);
     }
     rest(x, length, h);
   }
@@ -113,14 +116,14 @@ struct Hadamard {
 template <class C>
 struct HadamardKernel {
   template <int Bytes>
-  WX_INLINE static void body(C* x, int64_t length) {
-    Hadamard<C, Bytes>::transform(x, length);
+  WX_INLINE static void body(C* x, int64_t length, Ahead ahead) {
+    Hadamard<C, Bytes>::transform(x, length, ahead);
   }
 };
 
 template <class C>
-void hadamard(C* x, int64_t length) {
-  run<HadamardKernel<C>>(x, length);
+void hadamard(C* x, int64_t length, Ahead ahead = {}) {
+  run<HadamardKernel<C>>(x, length, ahead);
 }
 
 }  // namespace wx::sub

@@ -6,49 +6,111 @@
 
 namespace wx::sub {
 
-template <class T>
-WX_INLINE void store_past(T* to, const T* from, int64_t n) {  // n numbers, 64 bytes at a time
-  Vec<char> v;
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) {
-    __builtin_memcpy(&v, reinterpret_cast<const char*>(from) + i, 64);
-    stream<char>(reinterpret_cast<char*>(to) + i, v);
+// 32 numbers past the cache, in stores as wide as vectors are.
+template <int Bytes, class T>
+WX_INLINE void store_past(T* to, const T* from) {
+  for (size_t b = 0; b < 32 * sizeof(T); b += Bytes) {
+    typename Pack<uint64_t, Bytes>::V v;
+    __builtin_memcpy(&v, reinterpret_cast<const char*>(from) + b, Bytes);
+    char* p = reinterpret_cast<char*>(to) + b;
+#if defined(__x86_64__) && defined(__gnu_linux__)
+    if constexpr (Bytes > 16)
+      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<decltype(v)*>(p)) : "v"(v));
+    else
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+    __builtin_memcpy(p, &v, Bytes);
+#endif
   }
 }
 
-// out_i = fl(theta0_i + flip(fl(q_i s))), begin <= i < end; t0 and out begin at element `begin`.
+// x = from[places_0 ..]: loads of single numbers, four places at a time, are faster than the machines' gathers.
+template <class C, int Bytes>
+WX_INLINE void pick(typename Packs<C, Bytes>::F& x, const C* from, const uint16_t* places) {
+  using V = typename Pack<C, 16>::V;
+  constexpr int kQuarters = Bytes / 16;
+  V v[kQuarters];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQuarters; q++) {
+    if constexpr (sizeof(C) == 4) {
+      uint64_t four;
+      __builtin_memcpy(&four, places + 4 * q, 8);
+      v[q] = V{from[four & 0xFFFF], from[four >> 16 & 0xFFFF], from[four >> 32 & 0xFFFF], from[four >> 48]};
+    } else {
+      v[q] = V{from[places[2 * q]], from[places[2 * q + 1]]};
+    }
+  }
+  if constexpr (Bytes == 16) {
+    x = v[0];
+  } else {
+    constexpr int n = 16 / sizeof(C);
+    typename Pack<C, 32>::V low, high;
+    join(low, v[0], v[1], std::make_index_sequence<2 * n>());
+    if constexpr (Bytes == 32) {
+      x = low;
+    } else {
+      join(high, v[2], v[3], std::make_index_sequence<2 * n>());
+      join(x, low, high, std::make_index_sequence<4 * n>());
+    }
+  }
+}
+
+// out_i = fl(theta0_i + flip(fl(q_i s))).
 template <class T>
+struct Store {
+  using C = Compute<T>;
+
+  WX_INLINE static void one(C q, const uint32_t* signs, C s, const T* t0, T* out, int64_t i) {
+    narrow(static_cast<C>(widen(*t0)) + flip(q * s, sign_at(signs, i)), *out);
+  }
+
+  // Of 32 numbers, in vectors.
+  template <int Bytes>
+  WX_INLINE static void whole(typename Packs<C, Bytes>::F* q, uint32_t word, C s, const T* t0, T* out, bool past) {
+    using P = Packs<C, Bytes>;
+    alignas(64) C y[32];
+    alignas(64) T theta[32];
+#pragma GCC unroll 16
+    for (int part = 0; part < 32 / P::N; part++) {
+      q[part] = q[part] * s;
+      Flip32<C, Bytes>::apply(q[part], word, part);
+      put(y + part * P::N, q[part]);
+    }
+    for (int l = 0; l < 32; l++) narrow(static_cast<C>(widen(t0[l])) + y[l], theta[l]);
+    if (past)
+      store_past<Bytes>(out, theta);
+    else
+      __builtin_memcpy(out, theta, sizeof theta);
+  }
+};
+
+// theta of the elements begin <= i < end; t0 and out begin at element `begin`. q_i is q[i], or window[places_i].
+template <class T, bool Moved>
 struct Finish {
   using C = Compute<T>;
 
-  WX_INLINE static void one(const C* q, const uint32_t* signs, C s, const T* t0, T* out, int64_t i) {
-    narrow(static_cast<C>(widen(*t0)) + flip(q[i] * s, sign_at(signs, i)), *out);
-  }
-
   template <int Bytes>
-  WX_INLINE static void body(const C* q, const uint32_t* signs, C s, const T* t0, T* out, int64_t begin, int64_t end,
-                             bool past) {
+  WX_INLINE static void body(const C* q, const uint16_t* places, const uint32_t* signs, C s, const T* t0, T* out,
+                             int64_t begin, int64_t end, bool past, Ahead ahead) {
     using P = Packs<C, Bytes>;
+    t0 -= begin;
+    out -= begin;
     int64_t i = begin;
-    for (; i < end && i % 32; i++) one(q, signs, s, t0 + (i - begin), out + (i - begin), i);
-    past = past && reinterpret_cast<uintptr_t>(out + (i - begin)) % 64 == 0;
+    for (; i < end && i % 32; i++) Store<T>::one(q[Moved ? places[i] : i], signs, s, t0 + i, out + i, i);
+    past = past && reinterpret_cast<uintptr_t>(out + i) % 64 == 0;
     for (; i + 32 <= end; i += 32) {
-      alignas(64) C y[32];
-      alignas(64) T theta[32];
+      typename P::F x[32 / P::N];
+      ahead.ask(i, 32);
+#pragma GCC unroll 16
       for (int part = 0; part < 32 / P::N; part++) {
-        typename P::F x;
-        get(x, q + i + part * P::N);
-        x = x * s;
-        Flip32<C, Bytes>::apply(x, signs[i >> 5], part);
-        put(y + part * P::N, x);
+        if constexpr (Moved)
+          pick<C, Bytes>(x[part], q, places + i + part * P::N);
+        else
+          get(x[part], q + i + part * P::N);
       }
-      T* to = out + (i - begin);
-      for (int l = 0; l < 32; l++) narrow(static_cast<C>(widen(t0[i - begin + l])) + y[l], theta[l]);
-      if (past)
-        store_past(to, theta, 32);
-      else
-        __builtin_memcpy(to, theta, sizeof theta);
+      Store<T>::template whole<Bytes>(x, signs[i >> 5], s, t0 + i, out + i, past);
     }
-    for (; i < end; i++) one(q, signs, s, t0 + (i - begin), out + (i - begin), i);
+    for (; i < end; i++) Store<T>::one(q[Moved ? places[i] : i], signs, s, t0 + i, out + i, i);
   }
 };
 
@@ -103,17 +165,25 @@ struct Flipped {
   }
 };
 
-// to_j = from[places_j]: loads of single numbers are faster than the machines' gathers.
-template <class C>
-void gather(C* to, const C* from, const uint16_t* places, int64_t n) {
-  using Bits = typename Packs<C, 16>::Bits;
-  Bits* bits = reinterpret_cast<Bits*>(to);
-  for (int64_t j = 0; j < n; j++) __builtin_memcpy(bits + j, from + places[j], sizeof(C));
-}
-
-template <class C>
-WX_CLONES void add(C* to, const C* from, int64_t n) {
-  for (int64_t j = 0; j < n; j++) to[j] += from[j];
-}
+// to_j (+)= from[places_j], j < n.
+template <class C, bool Add>
+struct Gather {
+  template <int Bytes>
+  WX_INLINE static void body(C* to, const C* from, const uint16_t* places, int64_t n, Ahead ahead) {
+    using P = Packs<C, Bytes>;
+    int64_t j = 0;
+    for (; j + P::N <= n; j += P::N) {
+      typename P::F x, sum;
+      ahead.ask(j, P::N);
+      pick<C, Bytes>(x, from, places + j);
+      if constexpr (Add) {
+        get(sum, to + j);
+        x = sum + x;
+      }
+      put(to + j, x);
+    }
+    for (; j < n; j++) to[j] = Add ? to[j] + from[places[j]] : from[places[j]];
+  }
+};
 
 }  // namespace wx::sub

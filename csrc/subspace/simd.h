@@ -31,6 +31,22 @@ WX_INLINE void put(C* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+template <class W, class V, size_t... I>
+WX_INLINE void join(W& both, const V& a, const V& b, std::index_sequence<I...>) {
+  both = __builtin_shufflevector(a, b, I...);
+}
+
+// What the next tile reads is asked for while this one is computed: `item` bytes for each of its elements. Without it a
+// core waits for memory and then computes, by turns.
+struct Ahead {
+  const char* at = nullptr;
+  int item = 0;
+
+  WX_INLINE void ask(int64_t element, int64_t count) const {
+    for (int64_t b = 0; b < count * item; b += 64) __builtin_prefetch(at + element * item + b, 0, 2);
+  }
+};
+
 // x with its sign flipped where `minus`, also that of 0.
 WX_INLINE float flip(float x, bool minus) { return from_bits(to_bits(x) ^ (static_cast<uint32_t>(minus) << 31)); }
 WX_INLINE double flip(double x, bool minus) { return minus ? -x : x; }

@@ -43,6 +43,21 @@ std::vector<C> unroll(const Call& call, const std::vector<Stratum>& strata) {
   return zx;
 }
 
+// n numbers that begin at a cache line: vectors that straddle two cost twice.
+template <class C>
+class Lines {
+ public:
+  explicit Lines(int64_t n) : held_(n + 64 / sizeof(C)) {
+    const auto at = reinterpret_cast<uintptr_t>(held_.data());
+    data_ = held_.data() + (64 - at % 64) % 64 / sizeof(C);
+  }
+  C* data() { return data_; }
+
+ private:
+  std::vector<C> held_;
+  C* data_;
+};
+
 // What a thread holds while it works through tiles.
 template <class T>
 class Tile {
@@ -52,9 +67,12 @@ class Tile {
   Tile(const Call& call, const std::vector<Stratum>& strata)
       : call_(call),
         strata_(strata),
-        q_(call.tile),
-        moved_(call.tile),
-        places_(call.tile + 32),
+        held_(call.tile),
+        held_moved_(call.tile),
+        held_places_(call.tile + 32),
+        q_(held_.data()),
+        moved_(held_moved_.data()),
+        places_(held_places_.data()),
         none_(call.tile / 32 + 4),
         origins_(strata.size()),
         slopes_(strata.size()) {}
@@ -63,20 +81,14 @@ class Tile {
   void forward(Piece piece, const C* zx) {
     enter(piece);
     each_block([&](int64_t b, int64_t length) {
-      const int64_t begin = std::max(b, low_), end = std::min(b + length, high_);
       for (int64_t k = 0; k < call_.batch; k++) {
         const C* values = zx + k * unrolled(call_);
-        const uint32_t* signs = none_.data();
-        C factor = static_cast<C>(member_->factor);
-        if (call_.kind == Kind::block_hadamard) {
-          run<Flipped<C, false>>(q_.data() + b, values + origin(0, b), signs_in(0), b, b + length);
-          hadamard(q_.data() + b, length);
-          signs = signs_out(), factor = factor * root(length);
-        } else {
-          read_places(b, length, k, values, signs);
-        }
-        run<Finish<T>>(static_cast<const C*>(q_.data()), signs, factor, in(0, begin), out(k, begin), begin, end,
-                       call_.past_cache);
+        if (call_.kind == Kind::block_hadamard)
+          forward_mixed(b, length, k, values);
+        else if (call_.kind == Kind::sparse)
+          forward_sparse(b, length, k, values);
+        else
+          forward_moved(b, length, k, values);
       }
     });
   }
@@ -85,61 +97,79 @@ class Tile {
   void backward(Piece piece, C* acc) {
     enter(piece);
     each_block([&](int64_t b, int64_t length) {
-      const int64_t begin = std::max(b, low_), end = std::min(b + length, high_);
       for (int64_t k = 0; k < call_.batch; k++) {
         C* sums = acc + k * unrolled(call_);
-        const bool mixed = call_.kind == Kind::block_hadamard;
-        const C factor = static_cast<C>(member_->factor) * (mixed ? root(length) : C(1));
-        const uint32_t* signs = mixed ? signs_out() : single() ? signs_in(0) : none_.data();
-        std::fill(q_.data() + b, q_.data() + begin, C(0));
-        run<Begin<T>>(q_.data(), signs, factor, in(k, begin), begin, end);
-        std::fill(q_.data() + end, q_.data() + b + length, C(0));
-        if (mixed) {
-          hadamard(q_.data() + b, length);
-          run<Flipped<C, true>>(sums + origin(0, b), static_cast<const C*>(q_.data() + b), signs_in(0), b, b + length);
+        if (call_.kind == Kind::block_hadamard) {
+          begin(b, length, k, root(length), signs_out());
+          hadamard(q_ + b, length, ahead(k, b));
+          run<Flipped<C, true>>(sums + origin(0, b), constant(q_ + b), signs_in(0), b, b + length);
+        } else if (call_.kind == Kind::sparse) {
+          begin(b, length, k, C(1), none_.data());
+          for (size_t r = 0; r < strata_.size(); r++) {
+            draw_places(b, length, r, true);
+            flipped_.resize(length);
+            run<Flipped<C, false>>(flipped_.data(), constant(q_ + b), signs_in(r), b, b + length);
+            run<Gather<C, true>>(sums + origin(r, b), constant(flipped_.data()), constant(places_), length,
+                                 r ? Ahead() : ahead(k, b));
+          }
         } else {
-          add_places(b, length, k, sums);
+          begin(b, length, k, C(1), call_.kind == Kind::one_hot ? signs_in(0) : none_.data());
+          if (k == 0) draw_places(b, length, 0, true);  // the inverse, so that columns are added in their order
+          run<Gather<C, true>>(sums + origin(0, b), constant(q_ + b), constant(places_), length, ahead(k, b));
         }
       }
     });
   }
 
  private:
-  bool single() const { return call_.strata == 1 && call_.kind == Kind::one_hot; }
-
-  // q = the sum over strata; the signs of one_hot itself are left to the last pass.
-  void read_places(int64_t b, int64_t length, int64_t k, const C* values, const uint32_t*& signs) {
-    for (size_t r = 0; r < strata_.size(); r++) {
-      if (k == 0 || strata_.size() > 1) places(b, length, static_cast<uint32_t>(r), false);
-      const C* window = values + origin(r, b);
-      if (call_.kind != Kind::sparse) {
-        gather(q_.data() + b, window, places_.data(), length);
-        if (single()) signs = signs_in(0);
-        return;
-      }
-      gather(moved_.data(), window, places_.data(), length);
-      const C* from = moved_.data();
-      if (r == 0)
-        run<Flipped<C, false>>(q_.data() + b, from, signs_in(r), b, b + length);
-      else
-        run<Flipped<C, true>>(q_.data() + b, from, signs_in(r), b, b + length);
-    }
+  template <class V>
+  static const V* constant(V* p) {
+    return p;
   }
 
-  // By the inverse permutation, so that columns are added in their order.
-  void add_places(int64_t b, int64_t length, int64_t k, C* sums) {
-    std::vector<C>& flipped = flipped_;
+  void forward_mixed(int64_t b, int64_t length, int64_t k, const C* values) {
+    run<Flipped<C, false>>(q_ + b, values + origin(0, b), signs_in(0), b, b + length);
+    hadamard(q_ + b, length, ahead(k, b));
+    finish<false>(q_, b, length, k, root(length), signs_out());
+  }
+
+  void forward_moved(int64_t b, int64_t length, int64_t k, const C* values) {
+    if (k == 0) draw_places(b, length, 0, false);
+    const uint32_t* signs = call_.kind == Kind::one_hot ? signs_in(0) : none_.data();
+    finish<true>(values + origin(0, b), b, length, k, C(1), signs);
+  }
+
+  void forward_sparse(int64_t b, int64_t length, int64_t k, const C* values) {
     for (size_t r = 0; r < strata_.size(); r++) {
-      if (k == 0 || strata_.size() > 1) places(b, length, static_cast<uint32_t>(r), true);
-      const C* from = q_.data() + b;
-      if (call_.kind == Kind::sparse) {
-        flipped.resize(call_.tile);
-        run<Flipped<C, false>>(flipped.data(), from, signs_in(r), b, b + length);
-        from = flipped.data();
-      }
-      gather(moved_.data(), from, places_.data(), length);
-      add<C>(sums + origin(r, b), moved_.data(), length);
+      draw_places(b, length, r, false);
+      run<Gather<C, false>>(moved_, values + origin(r, b), constant(places_), length, r ? Ahead() : ahead(k, b));
+      if (r == 0)
+        run<Flipped<C, false>>(q_ + b, constant(moved_), signs_in(r), b, b + length);
+      else
+        run<Flipped<C, true>>(q_ + b, constant(moved_), signs_in(r), b, b + length);
     }
+    finish<false>(q_, b, length, k, C(1), none_.data());
+  }
+
+  // theta of what is here of a block; q as of Finish.
+  template <bool Moved>
+  void finish(const C* q, int64_t b, int64_t length, int64_t k, C scale, const uint32_t* signs) {
+    const int64_t begin = std::max(b, low_), end = std::min(b + length, high_);
+    run<Finish<T, Moved>>(q, constant(places_ - b), signs, static_cast<C>(member_->factor) * scale, in(0, begin),
+                          out(k, begin), begin, end, call_.past_cache, Moved ? ahead(k, 0) : Ahead());
+  }
+
+  // q = the gradients of a block, 0 where they are not here.
+  void begin(int64_t b, int64_t length, int64_t k, C scale, const uint32_t* signs) {
+    const int64_t begin = std::max(b, low_), end = std::min(b + length, high_);
+    std::fill(q_ + b, q_ + begin, C(0));
+    run<Begin<T>>(q_, signs, static_cast<C>(member_->factor) * scale, in(k, begin), begin, end);
+    std::fill(q_ + end, q_ + b + length, C(0));
+  }
+
+  Ahead ahead(int64_t k, int64_t b) const {
+    if (k > 0) return {};
+    return {reinterpret_cast<const char*>(in(0, std::max(b, low_)) + call_.tile), sizeof(T)};
   }
 
   void enter(Piece piece) {
@@ -180,9 +210,9 @@ class Tile {
     return s.at + o % s.width;
   }
 
-  void places(int64_t b, int64_t length, uint32_t r, bool inverse) {
-    const Words w = draw(member_->key, kPerm, start_ + b, r, call_.step);
-    run<Places>(Permutation(w, __builtin_ctzll(length)), inverse, places_.data(), length);
+  void draw_places(int64_t b, int64_t length, size_t r, bool inverse) {
+    const Words w = draw(member_->key, kPerm, start_ + b, static_cast<uint32_t>(r), call_.step);
+    run<Places>(Permutation(w, __builtin_ctzll(length)), inverse, places_, length);
   }
 
   static C root(int64_t length) {
@@ -207,8 +237,11 @@ class Tile {
 
   const Call& call_;
   const std::vector<Stratum>& strata_;
-  std::vector<C> q_, moved_, flipped_;
-  std::vector<uint16_t> places_;
+  Lines<C> held_, held_moved_;
+  Lines<uint16_t> held_places_;
+  C *q_, *moved_;
+  uint16_t* places_;
+  std::vector<C> flipped_;
   std::vector<uint32_t> none_;             // no signs
   std::vector<int64_t> origins_, slopes_;  // o_t and delta_t of each stratum
   std::vector<T> same_;
