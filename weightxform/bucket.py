@@ -140,8 +140,9 @@ class Bucket:
     def again(self, place: Place) -> Tensor | None:
         """The value at ``place``, computed with those with which it was computed the last time.
 
-        ``None`` where more has happened since than that all their raw tensors were written. This is the usual case,
-        after an optimizer's step, and it is seen and served at a fraction of the cost of :meth:`jobs`.
+        ``None`` where more has happened since than that all their raw tensors, or what they share, were written. This
+        is the usual case, after an optimizer's step, and it is seen and served at a fraction of the cost of
+        :meth:`jobs`.
         """
         kept = place.kept
         if kept is None or kept.last is None:
@@ -149,7 +150,7 @@ class Bucket:
         last, row = kept.last, place.row
         if not self._stands(kept, last) or (last.jobs[0].advance and in_backward()):
             return None
-        stamps = kept.only_raws_written()
+        stamps = kept.shared_state_written() if kept.shared else kept.only_raws_written()
         if stamps is None:
             return None
         kept.drop_all()

@@ -49,12 +49,13 @@ class Kept:
         last: what a bucket needs to compute several rows again.
         advanced: what the slots had in ``advanced`` when they were computed.
         tracked: ``dicts`` (of parameters and buffers) have just the tensors that the transforms' readers list.
+        shared: all rows depend on the same tensors, besides raw; see ``Transform.shares_state``.
     """
 
     __slots__ = (
         "advanced", "autocast", "capture", "complete", "configured", "dicts", "dtypes", "guarded", "ids", "inference",
         "kind", "last", "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served",
-        "starts", "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs",
+        "shared", "starts", "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs",
         "value_versions", "values", "versions",
     )  # fmt: skip
 
@@ -78,6 +79,7 @@ class Kept:
         )
         if self.tracked:
             states = held
+        self.shared = all(getattr(t, "shares_state", False) for t in self.transforms)
         self.ids = [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))]
         self.states = [t for state in states for t in state]  # held, so that their ids stay theirs
         self.starts = [0, *accumulate(map(len, states))]
@@ -190,21 +192,42 @@ class Kept:
         now = seen, steps = versions.stamps(raws)
         unchanged = (
             (all(map(ne, seen, self.versions)) or all(map(ne, steps, self.steps)))
-            and [r.data_ptr() for r in raws] == self.ptrs
+            and self._same_tensors(raws, values)
+            and [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))] == self.ids
+        )
+        return now if unchanged else None
+
+    def _same_tensors(self, raws: list[Any], values: list[Any]) -> bool:
+        """Whether these are where they were, nobody wrote a value, and no mode changed."""
+        return (
+            [r.data_ptr() for r in raws] == self.ptrs
             and [r.dtype for r in raws] == self.dtypes
             and [r.requires_grad for r in raws] == self.requires
             and [v._version if g else None for v, g in zip(values, self.guarded, strict=True)] == self.value_versions
             and [v.data_ptr() for v in values] == self.value_ptrs
-            and [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))] == self.ids
             and self._same_modes()
             and capture_of(self.kind) == self.capture
         )
-        return now if unchanged else None
+
+    def shared_state_written(self) -> tuple[list[int], list[int]] | None:
+        """Versions and steps of the raw tensors, if what all rows depend on was written, so that all are stale.
+
+        The raw tensors may have been written as well. ``None`` where it was not, or something else happened.
+        """
+        if not self.complete or not self.shared or Transform.configured != self.configured:
+            return None
+        states, k = tuple(self.readers[0]()), self.starts[1]
+        if len(states) != k or any(a is not b for a, b in zip(states, self.states[:k], strict=True)) or not self.plain:
+            return None
+        learned = [_steps(id(t), 0) for t in self.learned[0]]
+        if [t._version for t in states] == self.state_versions[:k] and learned == [*self.learned_steps[0]]:
+            return None
+        return versions.stamps(self.raws) if self._same_tensors(self.raws, self.values) else None
 
 
 _LASTING = (
     "advanced", "dicts", "dtypes", "guarded", "ids", "kind", "last", "learned", "plain", "ptrs", "readers", "repeat",
-    "requires", "served", "starts", "states", "tracked", "transforms",
+    "requires", "served", "shared", "starts", "states", "tracked", "transforms",
 )  # fmt: skip
 
 

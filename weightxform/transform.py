@@ -22,6 +22,7 @@ class Transform(nn.Module):
 
     groupable: ClassVar[bool] = False  # whether compute_group does better than one compute after another
     keeps_graph: ClassVar[bool] = False  # its graph stands many backward passes: a Function with its state on ctx
+    shares_state: ClassVar[bool] = False  # all members of a group have the same state(), and no step to take
     tensor_parallel: ClassVar[bool] = False  # whether compute takes a DTensor
     cache = True  # False: compute at every read, and in training mode advance at every read
     configured: ClassVar[int] = 0  # counts what was set on any transform: options, modes, buffers, devices

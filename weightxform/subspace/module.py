@@ -32,6 +32,7 @@ class ProjectedWeight(Transform):
 
     groupable: ClassVar[bool] = True
     keeps_graph: ClassVar[bool] = True
+    shares_state: ClassVar[bool] = True
     owner: Subspace
 
     def __init__(self, owner: Subspace, member: int) -> None:
@@ -249,7 +250,9 @@ class Subspace(nn.Module):
     # what the weights ask for
 
     def _state(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.coordinates, self.scales, self.step) if t is not None)
+        parameters = self._parameters  # asked at every read of a weight
+        tensors: Any = (parameters["coordinates"], parameters["scales"], self._buffers["step"])
+        return tuple([t for t in tensors if t is not None])
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
         """theta of these members."""
