@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -11,6 +13,9 @@ from .checks import require_choice, require_dim, require_int, require_positive
 from .numerics import FLOAT_DTYPES, opmath
 from .spectral_norm import function as _sn
 from .spectral_norm.reference import matrix_shape
+from .subspace.maps import Map
+from .subspace.projections import NORMALIZE, Projection, projection_of
+from .subspace.select import fan_in_sigma
 from .transform import describe, require_float
 
 
@@ -70,3 +75,66 @@ def spectral_norm(
     out, state = _sn.apply(weight, u, v, gain, dim, n_power_iterations, eps, order == "v_first", bound, dtype)
     new_u, new_v, sigma = state.split([u.shape[0], v.shape[0], 1])
     return out, new_u, new_v, sigma.reshape(())
+
+
+def project(
+    z: Tensor,
+    theta0: Mapping[str, Tensor],
+    *,
+    projection: str | Projection = "block_hadamard",
+    seed: int = 0,
+    normalize: Literal["global", "per_tensor", "init"] = "global",
+    step: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """theta0 + P z for named tensors, with a P that is not stored; ``weightxform/subspace/reference.py`` has the maths.
+
+    Args:
+        z: [d], or [K, d] for K of them that share one generation of P; float64 or float32. Under ``vmap`` over z they
+            share it as well.
+        theta0: name -> tensor, on the device of z; float64, float32, bfloat16, float16. P depends on the names.
+        projection, seed, normalize: as in :class:`weightxform.Subspace`; for ``"init"`` a vector counts as unscaled.
+        step: int64 scalar on the device of z, which P of a sequence; ``None`` for the first.
+
+    Returns:
+        name -> tensor, of the shapes and dtypes of ``theta0``, with K in front for [K, d]. Differentiable in z and
+        theta0, any number of times.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    require_float("project", "z", z)
+    if z.ndim not in (1, 2) or z.dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"project: z must be float64 or float32 [d] or [K, d], got {describe(z)}")
+    if not isinstance(theta0, Mapping) or not theta0:
+        raise TypeError(f"project: theta0 must be a mapping of names to tensors, not empty, got {theta0!r}")
+    for name, tensor in theta0.items():
+        require_float("project", f"theta0[{name!r}]", tensor)
+        if tensor.device != z.device:
+            raise ValueError(f"project: theta0[{name!r}] must be on {z.device} as z is, got {describe(tensor)}")
+    require_int("project", "seed", seed)
+    require_choice("project", "normalize", normalize, NORMALIZE)
+    chosen = projection_of("project", projection)
+    if not chosen.normalizes and normalize != "global":
+        raise ValueError(f"project: normalize must be 'global' for {chosen.kind}, got {normalize!r}")
+    if step is not None and (not chosen.redraws or step.ndim or step.dtype != torch.int64 or step.device != z.device):
+        raise ValueError(f"project: step must be None or an int64 scalar on {z.device}, got {describe(step)}")
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in theta0.items())
+    of = _map_of(chosen, shapes, z.shape[-1], seed, normalize)
+    rows = {name: k for k, name in enumerate(of.names)}
+    alike: dict[torch.dtype, list[str]] = {}
+    for name, tensor in theta0.items():
+        alike.setdefault(tensor.dtype, []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in alike.values():
+        thetas = of.project(z, [theta0[n] for n in names], [rows[n] for n in names], None, step)
+        found.update(zip(names, thetas, strict=True))
+    return {name: found[name] for name in theta0}
+
+
+@lru_cache(maxsize=16)
+def _map_of(
+    projection: Projection, shapes: tuple[tuple[str, tuple[int, ...]], ...], dim: int, seed: int, normalize: str
+) -> Map:
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes}
+    sigmas = {name: fan_in_sigma(shape) for name, shape in shapes}
+    return projection.map_of(sizes, dim, seed, normalize, sigmas)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from ..numerics import FLOAT_DTYPES
@@ -110,10 +110,15 @@ def initial_sigmas(members: Sequence[Member]) -> dict[str, float]:
     """The usual scale of each tensor's initial values, 1/sqrt(fan_in); a vector has that of the weight beside it."""
     sigmas = {}
     for member in members:
-        shape: torch.Size | None = member.parameter.shape
-        if member.parameter.ndim < 2:
+        shape: Sequence[int] = member.parameter.shape
+        if len(shape) < 2:
             beside = member.places[0][0]._parameters.get("weight")
-            shape = beside.shape if beside is not None and beside.ndim >= 2 else None
-        fan_in = 0 if shape is None or not shape[0] else shape.numel() // shape[0]
-        sigmas[member.name] = fan_in**-0.5 if fan_in else 1.0
+            shape = beside.shape if beside is not None else shape
+        sigmas[member.name] = fan_in_sigma(shape)
     return sigmas
+
+
+def fan_in_sigma(shape: Sequence[int]) -> float:
+    """1/sqrt(fan_in) for two axes or more, else 1."""
+    fan_in = math.prod(shape[1:]) if len(shape) >= 2 else 0
+    return fan_in**-0.5 if fan_in else 1.0

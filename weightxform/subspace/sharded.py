@@ -37,7 +37,7 @@ class Theta0(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor, owner: Subspace, member: int) -> Theta0:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls, data.size(), strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
             layout=data.layout, device=data.device, requires_grad=False,
         )  # fmt: skip
@@ -49,7 +49,9 @@ class Theta0(Tensor):
         return f"Theta0({self.data_})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         first = args[0] if args else None
         plain_args = tree_map_only(Theta0, _data, args)
         out = func(*plain_args, **tree_map_only(Theta0, _data, kwargs or {}))
