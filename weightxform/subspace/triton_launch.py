@@ -292,3 +292,6 @@ def register() -> None:
     """Give the ops of this room their Triton kernels; called where Triton is installed."""
     register_triton(op.subspace_fwd, forward)
     register_triton(op.subspace_bwd, backward)
+    dense = importlib.import_module(f"{__package__}.triton_dense_launch")
+    register_triton(op.subspace_dense_fwd, dense.forward)
+    register_triton(op.subspace_dense_bwd, dense.backward)

@@ -1,0 +1,46 @@
+"""The launches of rademacher and gaussian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton_launch import Call, ceil, finished, module
+
+WARPS = 4
+
+
+def _options(call: Call, like: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    step, redrawn = call.redrawn(like)
+    together = 1 if call.K == 1 else 4
+    return step, dict(
+        call.types, SIGNS=call.kind == "rademacher", KB=together, num_warps=WARPS * (1 if together == 1 else 2),
+        enable_fp_fusion=False, **redrawn,
+    )  # fmt: skip
+
+
+def forward(call: Call, z: Tensor, c: Tensor | None) -> None:
+    kernels = module("entries", call.device)
+    z = z if c is None else z * c
+    table = call.table(kernels.CHUNK.value // 4)
+    step, options = _options(call, z)
+    kernels.forward[(table.work.count, ceil(call.K, options["KB"]))](
+        table.table, call.pointers(), z, step, table.work.at, table.rows, call.K, call.d, ALIGNED=call.aligned(),
+        **options,
+    )  # fmt: skip
+
+
+def backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
+    kernels, plan = module("entries", call.device), module("plan", call.device)
+    table = call.table(kernels.CHUNK.value)
+    work = table.work.count
+    each = ceil(work, plan.accumulators(work, call.K * call.d, call.K * call.elements))
+    programs = ceil(work, each)
+    acc = z_bar.new_empty((programs, call.K, call.d), dtype=torch.float64)
+    step, options = _options(call, z_bar)
+    kernels.backward[(programs, ceil(call.d, kernels.COLUMNS.value), ceil(call.K, options["KB"]))](
+        table.table, call.pointers(), acc, step, table.work.at, work, table.rows, each, call.K, call.d, **options
+    )
+    finished(call, table, acc, c, z_bar, 0, 1)
