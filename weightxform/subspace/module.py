@@ -17,8 +17,10 @@ from ..computed import install, new_slot, refuse
 from ..slot import Slot
 from ..swap import child_name, set_slots, slots_of
 from ..transform import Transform, describe
+from ..versions import bump
 from .function import scaled
 from .maps import Map
+from .plan import require_dim
 from .projections import NORMALIZE, Learned, Projection, projection_of
 from .select import Member, choose, initial_sigmas
 
@@ -40,6 +42,11 @@ class ProjectedWeight(Transform):
         self.__dict__["owner"] = owner  # not a submodule: it contains this one
         self.member = member
         super().train(False)
+
+    @property
+    def cache(self) -> bool:  # type: ignore[override]
+        """Not for coordinates that ``functional_call`` puts in: whoever handed them in may write them unseen."""
+        return isinstance(self.owner._parameters["coordinates"], nn.Parameter)
 
     def train(self, mode: bool = True) -> ProjectedWeight:
         return self  # nothing depends on the mode, so a change of it must not cost a computation
@@ -183,6 +190,7 @@ class Subspace(nn.Module):
         for member in extra:
             member.parameter.requires_grad_()
         self._install(chosen, transforms)
+        self._addresses: list[int] = []
         self._gathered: dict[int, bool] = {}  # members whose parameter is theta already; see sharded.py
         self._seen: tuple[Tensor, Tensor | None] | None = None  # z and scales of this forward, once FSDP has them
         self.model = model
@@ -252,7 +260,13 @@ class Subspace(nn.Module):
     def _state(self) -> tuple[Tensor, ...]:
         parameters = self._parameters  # asked at every read of a weight
         tensors: Any = (parameters["coordinates"], parameters["scales"], self._buffers["step"])
-        return tuple([t for t in tensors if t is not None])
+        state = tuple([t for t in tensors if t is not None])
+        if type(state[0]) is nn.Parameter:
+            addresses = [t.data_ptr() for t in state]
+            if addresses != self._addresses:  # z.data = x, vector_to_parameters: no version counter sees that
+                bump(state)
+                self._addresses = addresses
+        return state
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
         """theta of these members."""
@@ -457,7 +471,11 @@ def _maps(
         return [projection.map_of(sizes, dim, seed, normalize, sigmas)]
     if isinstance(projection, Learned) or projection.kind in ("dense", "fastfood"):
         raise ValueError(f"Subspace: structure must be 'shared' or 'said' for {projection.kind}, got 'per_tensor'")
-    return [projection.map_of({n: k}, min(dim, k), seed, "global", sigmas) for n, k in sizes.items()]
+    if normalize != "global":
+        raise ValueError(f"Subspace: normalize must be 'global' for structure='per_tensor', got {normalize!r}")
+    require_dim(dim, sum(sizes.values()))
+    dims = {n: min(dim, k) for n, k in sizes.items()}
+    return [projection.within(dims[n]).map_of({n: k}, dims[n], seed, "global", sigmas) for n, k in sizes.items()]
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

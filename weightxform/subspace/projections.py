@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,10 @@ class Projection:
     def map_of(self, sizes: Mapping[str, int], dim: int, seed: int, normalize: str, sigmas: Mapping[str, float]) -> Map:
         """``sizes``: elements of each tensor, in the order of the model."""
         raise NotImplementedError
+
+    def within(self, dim: int) -> Projection:
+        """The same for a tensor that has only ``dim`` coordinates of its own."""
+        return self
 
     def options(self) -> dict[str, Any]:
         """What an adapter file says of it, besides its kind."""
@@ -114,6 +118,9 @@ class Sparse(_Tiled):
         super().__post_init__()
         if self.nonzeros is not None:
             require_int("Sparse", "nonzeros", self.nonzeros, 1)
+
+    def within(self, dim: int) -> Sparse:
+        return self if self.nonzeros is None else replace(self, nonzeros=min(self.nonzeros, dim))
 
     def _plan_options(self) -> dict[str, Any]:
         return {**super()._plan_options(), "nonzeros": self.nonzeros}
