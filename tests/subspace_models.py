@@ -84,6 +84,12 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 
 
+def inputs(model: nn.Module) -> tuple[torch.Tensor]:
+    if isinstance(model, Zoo):
+        return (torch.randint(0, 13, (2, 3)),)
+    return (torch.randn(2, 2, 5, 5).double() if isinstance(model, Conv) else torch.randn(2, 6).double(),)
+
+
 def moved(sub: wx.Subspace, seed: int = 7) -> wx.Subspace:
     """With coordinates (and scales) that are not those of the beginning."""
     generator = torch.Generator().manual_seed(seed)

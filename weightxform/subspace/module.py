@@ -46,12 +46,18 @@ class ProjectedWeight(Transform):
     @property
     def cache(self) -> bool:  # type: ignore[override]
         """Not for coordinates that ``functional_call`` puts in: whoever handed them in may write them unseen."""
-        return isinstance(self.owner._parameters["coordinates"], nn.Parameter)
+        return self._is_whole() and isinstance(self.owner._parameters["coordinates"], nn.Parameter)
+
+    def _is_whole(self) -> bool:
+        """Not while a copy or a pickle is put together, when an RNN asks for its weights."""
+        return "_parameters" in vars(self.owner)
 
     def train(self, mode: bool = True) -> ProjectedWeight:
         return self  # nothing depends on the mode, so a change of it must not cost a computation
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        if not self._is_whole():
+            return raw
         if self.owner._gathered.get(self.member):
             return self.owner._attach(self.member, raw)
         return self.owner._compute([self.member], [raw])[0]
@@ -64,7 +70,7 @@ class ProjectedWeight(Transform):
         return id(self.owner), raw.dtype, raw.device
 
     def state(self) -> tuple[Tensor, ...]:
-        return self.owner._state()
+        return self.owner._state() if self._is_whole() else (torch.empty(0),)  # another at the next read
 
     def extra_repr(self) -> str:
         return f"{self.owner.names[self.member]}, {self.owner.kind}"
@@ -169,6 +175,8 @@ class Subspace(nn.Module):
                 if name in slots_of(module):
                     raise ValueError(f"Subspace: {member.name} is computed already; exclude it, or wx.bake it first")
                 refuse(module, name, member.parameter, transform)
+        for k, member in enumerate(chosen):  # here and not in a graph that torch.compile makes
+            maps[k if len(maps) > 1 else 0].tables(member.parameter, None)
 
         self.projection, self.dim, self.seed = projection, dim, seed
         self.normalize, self.structure, self.redraws = normalize, structure, redraw
@@ -261,7 +269,7 @@ class Subspace(nn.Module):
         parameters = self._parameters  # asked at every read of a weight
         tensors: Any = (parameters["coordinates"], parameters["scales"], self._buffers["step"])
         state = tuple([t for t in tensors if t is not None])
-        if type(state[0]) is nn.Parameter:
+        if type(state[0]) is nn.Parameter and not torch.compiler.is_compiling():
             addresses = [t.data_ptr() for t in state]
             if addresses != self._addresses:  # z.data = x, vector_to_parameters: no version counter sees that
                 bump(state)
@@ -270,6 +278,7 @@ class Subspace(nn.Module):
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
         """theta of these members."""
+        self._state()  # what it notices must be noted before the computation
         if self.scales is None:
             return self._maps[0].project(self.coordinates, raws, [self._rows[m] for m in members], None, self.step)
         outs = []
