@@ -1,4 +1,4 @@
-"""A stored basis in Triton: theta = theta0 + E z, z_bar = E' g. E is [D, d] in memory; a program reads a part of it once.
+"""A stored basis in Triton: theta = theta0 + E z, z_bar = E' g. E is [D, d]; a program reads a part of it once.
 
 Rows of a table are those of the other kinds, with the first row of E as ``start``.
 """

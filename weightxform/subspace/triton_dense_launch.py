@@ -28,7 +28,7 @@ def _call(tensors: Sequence[Tensor], basis: Tensor, rows: Sequence[int], batch: 
         if gradients and batch:
             _check(t.dim() > 0 and t.shape[0] == batch, "gradients must have the batch in front")
         count = t.numel() // batch if gradients and batch else t.numel()
-        _check(0 <= row and row + count <= basis.shape[0], "a tensor has more elements than the basis has rows for it")
+        _check(row >= 0 and row + count <= basis.shape[0], "a tensor has more elements than the basis has rows for it")
         members.append(plan.Member(Row(count, row, (0, 0)), 0, count, 1.0, not source.is_contiguous()))
     return Call(
         tuple(members), sources, [], "dense", basis, basis, None, basis.shape[1], max(1, batch), 1, 1, False

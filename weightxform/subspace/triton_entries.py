@@ -11,7 +11,20 @@ import triton
 import triton.language as tl
 
 from .triton_random import ENTRY, coins, draw, flip, in_turn, spread_bits, step_word
-from .triton_tiles import CHUNK, COUNT, FIELDS, FIRST, SPREAD, entry_of, factor_of, key_of, owned, read, write
+from .triton_tiles import (
+    CHUNK,
+    COUNT,
+    FIELDS,
+    FIRST,
+    SPREAD,
+    all_owned,
+    entry_of,
+    factor_of,
+    key_of,
+    owned,
+    read,
+    write,
+)
 
 AT_ONCE = tl.constexpr(8)  # columns whose signs are drawn together
 COLUMNS = tl.constexpr(128)  # of a program, backward
@@ -20,7 +33,7 @@ QUADS = tl.constexpr(8)  # draws of one column at once, backward
 
 @triton.jit
 def _batched(z, b, batch, j, dim, KB: tl.constexpr):
-    """z_j of KB members, [KB, 1]; zero beyond the last column, which changes no sum: one that began at +0 is never -0."""
+    """z_j of KB members, [KB, 1]; zero beyond the last column: a sum that began at +0 is never -0, so it stays."""
     k = b + tl.arange(0, KB)
     return tl.load(z + k.to(tl.int64) * dim + j, mask=(k < batch) & (j < dim), other=0.0)[:, None]
 
@@ -98,7 +111,8 @@ def forward(
     else:
         acc = _coin_sums(z, key, begin, word, b, batch, dim, KB, N, C)
     y = acc * factor_of(row, C)
-    low, high, full = owned(row, begin, N)
+    low, high = owned(row, begin, N)
+    full = all_owned(row, begin, N)
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     k = b + tl.arange(0, KB)[:, None]
     i = tl.arange(0, N)[None, :]
@@ -138,7 +152,7 @@ def _signed_columns(
     addresses, row, begin, step, b, batch, j, T: tl.constexpr, C: tl.constexpr, KB: tl.constexpr
 ):  # fmt: skip
     """The sums of +-g over CHUNK elements, [KB, COLUMNS] in float64."""
-    low, high, _ = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, CHUNK)
     first, key = tl.load(row + FIRST), key_of(row)
     acc = tl.zeros([KB, 32, COLUMNS], C)
     n = low // 128
@@ -160,7 +174,7 @@ def _coin_columns(
     addresses, row, begin, step, b, batch, j, T: tl.constexpr, C: tl.constexpr, KB: tl.constexpr
 ):  # fmt: skip
     """The sums of G g over CHUNK elements, [KB, COLUMNS] in float64."""
-    low, high, _ = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, CHUNK)
     first, key = tl.load(row + FIRST), key_of(row)
     acc = tl.zeros([KB, QUADS, COLUMNS], tl.float64)
     n = low // (4 * QUADS) * QUADS
@@ -181,7 +195,7 @@ def backward(
     plan, pointers, acc, step, at: tl.int64, work: tl.int64, rows: tl.int64, each: tl.int64, batch: tl.int32,
     dim: tl.int32, T: tl.constexpr, C: tl.constexpr, SIGNS: tl.constexpr, KB: tl.constexpr, REDRAWN: tl.constexpr,
 ):  # fmt: skip
-    """The sums of ``each`` chunks, for COLUMNS columns and KB members of the batch: acc [programs, batch, dim], float64."""
+    """The sums of ``each`` chunks, for COLUMNS columns and KB members: acc [programs, batch, dim], float64."""
     program = tl.program_id(0).to(tl.int64)
     b = tl.program_id(2) * KB
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .triton_hadamard import butterflies
 from .triton_random import FF_B, FF_G, FF_PERM, coins, draw, flip, in_turn, permuted, signs, step_word, unpermuted
-from .triton_tiles import CHUNK, COUNT, FIELDS, FIRST, START, entry_of, factor_of, key_of, owned, read, write
+from .triton_tiles import CHUNK, COUNT, FIELDS, FIRST, START, all_owned, entry_of, factor_of, key_of, owned, read, write
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _minus(key, start, k, step, C: tl.constexpr):
     which = (i >> 5) & 3
     word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     bit = (word << (31 - (i & 31)).to(tl.uint32)) & 0x80000000
-    return bit.to(tl.uint64) << 32 if C == tl.float64 else bit
+    return bit.to(tl.uint64) << 32 if tl.float64 == C else bit
 
 
 @triton.jit(do_not_specialize=["rows", "dim", "n", "length", "blocks"])
@@ -59,7 +59,7 @@ def start(
 
 @triton.jit(do_not_specialize=["total"])
 def transform(x, total: tl.int64, AT: tl.constexpr, BITS: tl.constexpr):
-    """The stages of the bits AT .. AT + BITS - 1 of the index, of x [total]; ``total`` is a multiple of 2^(AT + BITS)."""
+    """The stages of the bits AT .. AT + BITS - 1 of the index, of x [total], total a multiple of 2^(AT + BITS)."""
     k = _span()
     if AT == 0:
         i = tl.program_id(0).to(tl.int64) * CHUNK + k
@@ -103,7 +103,8 @@ def add(
     member, chunk = entry_of(plan, at + tl.program_id(0))
     b = tl.program_id(1).to(tl.int64)
     row, addresses, begin = plan + rows + member * FIELDS, pointers + 2 * member, chunk * CHUNK
-    low, high, full = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, CHUNK)
+    full = all_owned(row, begin, CHUNK)
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     i = _span()
     inside = (i >= low) & (i < high)
@@ -125,7 +126,7 @@ def take(
     member, chunk = entry_of(plan, at + tl.program_id(0))
     b = tl.program_id(1).to(tl.int64)
     row, addresses, begin = plan + rows + member * FIELDS, pointers + 2 * member, chunk * CHUNK
-    low, high, _ = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, CHUNK)
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     i = _span()
     x = read(addresses, row, b * count + begin - first, i, low, high, T, C, ALIGNED, False) * factor_of(row, C)

@@ -17,14 +17,19 @@ from .triton_tiles import (
     COUNT,
     FIELDS,
     FIRST,
+    NUMEL,
     ROOT,
+    all_owned,
     any_of,
     block_of,
+    chunk_of,
     entry_of,
     factor_of,
     key_of,
     owned,
+    parts_of,
     read,
+    rows_of,
     tile_of,
     window,
     write,
@@ -34,20 +39,21 @@ from .triton_tiles import (
 @triton.jit
 def _four(x, AT: tl.constexpr, BITS: tl.constexpr):
     """Stages AT .. AT + 3, those of them below BITS."""
+    N: tl.constexpr = x.shape[0]
     H: tl.constexpr = 1 << AT
-    y = tl.permute(tl.reshape(x, [CHUNK // (16 * H), 16, H]), (0, 2, 1))
-    y = tl.reshape(y, [CHUNK // 16, 2, 2, 2, 2])
+    y = tl.permute(tl.reshape(x, [N // (16 * H), 16, H]), (0, 2, 1))
+    y = tl.reshape(y, [N // 16, 2, 2, 2, 2])
     for s in tl.static_range(4):
         if AT + s < BITS:
             a, b = tl.split(y)
             y = tl.join(a + b, a - b)
         y = tl.permute(y, (0, 4, 1, 2, 3))
-    return tl.reshape(tl.permute(tl.reshape(y, [CHUNK // (16 * H), H, 16]), (0, 2, 1)), [CHUNK])
+    return tl.reshape(tl.permute(tl.reshape(y, [N // (16 * H), H, 16]), (0, 2, 1)), [N])
 
 
 @triton.jit
 def butterflies(x, BITS: tl.constexpr):
-    """H over the lowest BITS bits of the index of x [CHUNK], stages ascending."""
+    """H over the lowest BITS bits of the index of x, 256 numbers or more; stages ascending."""
     for k in tl.static_range((BITS + 3) // 4):
         x = _four(x, 4 * k, BITS)
     return x
@@ -56,7 +62,7 @@ def butterflies(x, BITS: tl.constexpr):
 @triton.jit
 def _some_butterflies(x, level, AT: tl.constexpr, BITS: tl.constexpr):
     """The same, stage AT + s only where it is below ``level``, log2 of the element's block."""
-    i = tl.arange(0, CHUNK)
+    i = tl.arange(0, x.shape[0])
     s = tl.full([], 0, tl.int32)
     while s < BITS:
         y = tl.gather(x, i ^ (1 << s), 0)
@@ -86,14 +92,15 @@ def _scale(plan, factor, level, C: tl.constexpr):
 
 
 @triton.jit
-def _inner(x, rest, level, LOG: tl.constexpr, FULL: tl.constexpr):
+def _inner(x, level, LOG: tl.constexpr, FULL: tl.constexpr):
     """The stages that stay in the chunk; x is [R, TS]."""
     BITS: tl.constexpr = LOG if LOG < 12 else 12
-    flat = tl.reshape(x, [CHUNK])
-    if FULL:
-        flat = butterflies(flat, BITS)
-    else:
-        flat = _some_butterflies(flat, tl.reshape(level, [CHUNK]), 0, BITS)
+    flat = tl.reshape(x, [x.shape[0] * x.shape[1]])
+    flat = (
+        butterflies(flat, BITS)
+        if FULL
+        else _some_butterflies(flat, tl.reshape(level, [x.shape[0] * x.shape[1]]), 0, BITS)
+    )
     return tl.reshape(flat, x.shape)
 
 
@@ -106,10 +113,7 @@ def _outer(x, rest, HIGH: tl.constexpr, LOG: tl.constexpr, FULL: tl.constexpr):
     while part < HIGH:
         j = (k % HIGH) * CHUNK + part * (CHUNK // HIGH) + k // HIGH
         y = tl.load(x + j)
-        if FULL:
-            y = butterflies(y, LOG - 12)
-        else:
-            y = _some_butterflies(y, _levels(rest, j), 12, LOG - 12)
+        y = butterflies(y, LOG - 12) if FULL else _some_butterflies(y, _levels(rest, j), 12, LOG - 12)
         tl.store(x + j, y)
         part += 1
     tl.debug_barrier()
@@ -121,14 +125,14 @@ def _columns(
     FULL: tl.constexpr,
 ):  # fmt: skip
     """E zc: each element's column, [R, TS]."""
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     tile, rest, place = tile_of(row, begin, TILE)
-    j = place + tl.arange(0, CHUNK // R)[None, :]
+    j = place + tl.arange(0, chunk_of(TILE) // R)[None, :]
     zero = tl.full([], 0, tl.int32)
     if FULL:
         x = tl.load(zx + (window(plan, row, windows, tile, zero, PACKED, BIG) + j))
     else:
-        x = tl.zeros([R, CHUNK // R], zx.dtype.element_ty)
+        x = tl.zeros([R, chunk_of(TILE) // R], zx.dtype.element_ty)
         m = zero + LOG
         while m >= 0:
             there, at = block_of(rest, m)
@@ -146,9 +150,9 @@ def _add_columns(
     BIG: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """acc += E' x; acc is [R, 1] pointers, a row of sums for each row of x."""
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     tile, rest, place = tile_of(row, begin, TILE)
-    j = place + tl.arange(0, CHUNK // R)[None, :]
+    j = place + tl.arange(0, chunk_of(TILE) // R)[None, :]
     zero = tl.full([], 0, tl.int32)
     if FULL:
         to = acc + (window(plan, row, windows, tile, zero, PACKED, BIG) + j)
@@ -167,18 +171,25 @@ def _add_columns(
 
 
 @triton.jit
-def _sign(key, stream: tl.constexpr, begin, step, R: tl.constexpr, C: tl.constexpr):
-    return tl.reshape(signs(key, stream, begin, tl.full([], 0, tl.int32), step, CHUNK, C), [R, CHUNK // R])
+def _sign(key, stream: tl.constexpr, begin, step, TILE: tl.constexpr, C: tl.constexpr):
+    x = signs(key, stream, begin, tl.full([], 0, tl.int32), step, chunk_of(TILE), C)
+    return tl.reshape(x, [rows_of(TILE), chunk_of(TILE) // rows_of(TILE)])
 
 
 @triton.jit
 def _level_of(row, begin, TILE: tl.constexpr, LOG: tl.constexpr, FULL: tl.constexpr):
     """log2 of the block of each element, or of all."""
-    _, rest, place = tile_of(row, begin, TILE)
     if FULL:
-        return rest, tl.full([], LOG, tl.int32)
+        return tl.full([], LOG, tl.int32)
     else:
-        return rest, _levels(rest, place + tl.arange(0, TILE if TILE < CHUNK else CHUNK)[None, :])
+        _, rest, place = tile_of(row, begin, TILE)
+        return _levels(rest, place + tl.arange(0, chunk_of(TILE) // rows_of(TILE))[None, :])
+
+
+@triton.jit
+def _rest(row, begin, TILE: tl.constexpr):
+    """The elements in a tile."""
+    return tl.minimum(tl.load(row + NUMEL) - begin, TILE).to(tl.int32)
 
 
 @triton.jit
@@ -187,38 +198,37 @@ def _forward(
     TILE: tl.constexpr, LOG: tl.constexpr, PACKED: tl.constexpr, BIG: tl.constexpr, ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
-    HIGH: tl.constexpr = TILE // CHUNK if TILE > CHUNK else 1
+    R: tl.constexpr = rows_of(TILE)
+    HIGH: tl.constexpr = parts_of(TILE)
     key = key_of(row)
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     factor = factor_of(row, C)
-    i = tl.reshape(tl.arange(0, CHUNK), [R, CHUNK // R])
+    i = tl.arange(0, R)[:, None] * (chunk_of(TILE) // R) + tl.arange(0, chunk_of(TILE) // R)[None, :]
     b = tl.full([], 0, tl.int32)
     while b < batch:
         part = tl.full([], 0, tl.int32)
         while part < HIGH:
-            at = begin + part * CHUNK
-            rest, level = _level_of(row, at, TILE, LOG, FULL)
+            at = begin + part * chunk_of(TILE)
+            level = _level_of(row, at, TILE, LOG, FULL)
             x = _columns(plan, row, windows, zx, at, TILE, LOG, PACKED, BIG, FULL)
-            x = _inner(flip(x, _sign(key, SIGN_IN, at, step, R, C)), rest, level, LOG, FULL)
+            x = _inner(flip(x, _sign(key, SIGN_IN, at, step, TILE, C)), level, LOG, FULL)
             if HIGH == 1:
-                low, high, _ = owned(row, at, CHUNK)
-                y = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, R, C))
+                low, high = owned(row, at, chunk_of(TILE))
+                y = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, TILE, C))
                 t0 = read(addresses, row, at - first, i, low, high, T, C, ALIGNED, FULL)
                 write(addresses + 1, b * count + at - first, i, low, high, t0 + y, T, ALIGNED, FULL)
             else:
-                tl.store(scratch + part * CHUNK + i, x)
+                tl.store(scratch + part * chunk_of(TILE) + i, x)
             part += 1
         if HIGH > 1:
-            rest, _ = _level_of(row, begin, TILE, LOG, FULL)
-            _outer(scratch, tl.max(rest), HIGH, LOG, FULL)
+            _outer(scratch, _rest(row, begin, TILE), HIGH, LOG, FULL)
             part = tl.full([], 0, tl.int32)
             while part < HIGH:
-                at = begin + part * CHUNK
-                low, high, _ = owned(row, at, CHUNK)
-                _, level = _level_of(row, at, TILE, LOG, FULL)
-                x = tl.load(scratch + part * CHUNK + i)
-                y = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, R, C))
+                at = begin + part * chunk_of(TILE)
+                low, high = owned(row, at, chunk_of(TILE))
+                level = _level_of(row, at, TILE, LOG, FULL)
+                x = tl.load(scratch + part * chunk_of(TILE) + i)
+                y = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, TILE, C))
                 t0 = read(addresses, row, at - first, i, low, high, T, C, ALIGNED, FULL)
                 write(addresses + 1, b * count + at - first, i, low, high, t0 + y, T, ALIGNED, FULL)
                 part += 1
@@ -233,37 +243,36 @@ def _backward(
     TILE: tl.constexpr, LOG: tl.constexpr, PACKED: tl.constexpr, BIG: tl.constexpr, ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
-    HIGH: tl.constexpr = TILE // CHUNK if TILE > CHUNK else 1
+    R: tl.constexpr = rows_of(TILE)
+    HIGH: tl.constexpr = parts_of(TILE)
     key = key_of(row)
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     factor = factor_of(row, C)
-    i = tl.reshape(tl.arange(0, CHUNK), [R, CHUNK // R])
+    i = tl.arange(0, R)[:, None] * (chunk_of(TILE) // R) + tl.arange(0, chunk_of(TILE) // R)[None, :]
     q = tl.arange(0, R)[:, None].to(tl.int64)
     b = tl.full([], 0, tl.int32)
     while b < batch:
         to = acc + (q * batch + b) * extent
         part = tl.full([], 0, tl.int32)
         while part < HIGH:
-            at = begin + part * CHUNK
-            low, high, _ = owned(row, at, CHUNK)
-            rest, level = _level_of(row, at, TILE, LOG, FULL)
+            at = begin + part * chunk_of(TILE)
+            low, high = owned(row, at, chunk_of(TILE))
+            level = _level_of(row, at, TILE, LOG, FULL)
             x = read(addresses, row, b * count + at - first, i, low, high, T, C, ALIGNED, FULL)
-            x = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, R, C))
-            x = _inner(x, rest, level, LOG, FULL)
+            x = flip(x * _scale(plan, factor, level, C), _sign(key, SIGN_OUT, at, step, TILE, C))
+            x = _inner(x, level, LOG, FULL)
             if HIGH == 1:
-                x = flip(x, _sign(key, SIGN_IN, at, step, R, C))
+                x = flip(x, _sign(key, SIGN_IN, at, step, TILE, C))
                 _add_columns(plan, row, windows, to, x, at, TILE, LOG, PACKED, BIG, FULL)
             else:
-                tl.store(scratch + part * CHUNK + i, x)
+                tl.store(scratch + part * chunk_of(TILE) + i, x)
             part += 1
         if HIGH > 1:
-            rest, _ = _level_of(row, begin, TILE, LOG, FULL)
-            _outer(scratch, tl.max(rest), HIGH, LOG, FULL)
+            _outer(scratch, _rest(row, begin, TILE), HIGH, LOG, FULL)
             part = tl.full([], 0, tl.int32)
             while part < HIGH:
-                at = begin + part * CHUNK
-                x = flip(tl.load(scratch + part * CHUNK + i), _sign(key, SIGN_IN, at, step, R, C))
+                at = begin + part * chunk_of(TILE)
+                x = flip(tl.load(scratch + part * chunk_of(TILE) + i), _sign(key, SIGN_IN, at, step, TILE, C))
                 _add_columns(plan, row, windows, to, x, at, TILE, LOG, PACKED, BIG, FULL)
                 part += 1
         b += 1
@@ -276,15 +285,15 @@ def forward(
     BIG: tl.constexpr, ALIGNED: tl.constexpr, REDRAWN: tl.constexpr,
 ):  # fmt: skip
     """theta of one chunk, or of one larger tile."""
-    UNIT: tl.constexpr = TILE if TILE > CHUNK else CHUNK
+    UNIT: tl.constexpr = chunk_of(TILE) * parts_of(TILE)
     program = tl.program_id(0)
     member, chunk = entry_of(plan, at + program)
     row = plan + rows + member * FIELDS
     begin = chunk * UNIT
-    _, _, full = owned(row, begin, UNIT)
+    full = all_owned(row, begin, UNIT)
     word = step_word(step, REDRAWN)
     addresses, turns = pointers + 2 * member, plan + windows + member
-    if TILE > CHUNK:
+    if parts_of(TILE) > 1:
         scratch += program.to(tl.int64) * TILE
     if full:
         _forward(
@@ -305,12 +314,12 @@ def backward(
     LOG: tl.constexpr, PACKED: tl.constexpr, BIG: tl.constexpr, ALIGNED: tl.constexpr, REDRAWN: tl.constexpr,
 ):  # fmt: skip
     """The sums of ``each`` chunks or larger tiles; one set for each row of a chunk."""
-    UNIT: tl.constexpr = TILE if TILE > CHUNK else CHUNK
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    UNIT: tl.constexpr = chunk_of(TILE) * parts_of(TILE)
+    R: tl.constexpr = rows_of(TILE)
     program = tl.program_id(0).to(tl.int64)
     word = step_word(step, REDRAWN)
     acc += program * R * batch * extent
-    if TILE > CHUNK:
+    if parts_of(TILE) > 1:
         scratch += program * TILE
     n = program * each
     end = tl.minimum(n + each, work)
@@ -318,7 +327,7 @@ def backward(
         member, chunk = entry_of(plan, at + n)
         row = plan + rows + member * FIELDS
         begin = chunk * UNIT
-        _, _, full = owned(row, begin, UNIT)
+        full = all_owned(row, begin, UNIT)
         addresses, turns = pointers + 2 * member, plan + windows + member
         if full:
             _backward(

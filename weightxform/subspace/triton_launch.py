@@ -223,7 +223,8 @@ def _tile_options(call: Call, table: Any) -> dict[str, Any]:
 def _tiled_table(call: Call) -> tuple[Any, bool]:
     plan = module("plan", call.device)
     hadamard = call.kind == "block_hadamard"
-    return call.table(max(plan.CHUNK, call.tile) if hadamard else plan.CHUNK, windows=True), hadamard
+    chunk = plan.chunk_of(call.tile)
+    return call.table(max(chunk, call.tile) if hadamard else chunk, windows=True), hadamard
 
 
 def _tiled_forward(call: Call, z: Tensor, c: Tensor | None) -> None:
@@ -237,7 +238,8 @@ def _tiled_forward(call: Call, z: Tensor, c: Tensor | None) -> None:
     options = {**_tile_options(call, table), **redrawn}
     place = table.work.at, table.rows, table.windows
     if hadamard:
-        scratch = zx if call.tile <= 4096 else z.new_empty(table.work.count * call.tile)
+        plan = module("plan", call.device)
+        scratch = zx if call.tile <= plan.CHUNK else z.new_empty(table.work.count * call.tile)
         module("hadamard", call.device).forward[(table.work.count,)](
             table.table, call.pointers(), zx, scratch, step, *place, call.K, extent, **options
         )
@@ -251,9 +253,10 @@ def _tiled_forward(call: Call, z: Tensor, c: Tensor | None) -> None:
 def _tiled_backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     table, hadamard = _tiled_table(call)
     extent = call.d + call.strata * call.tile
-    rows = max(1, 4096 // call.tile)
+    plan = module("plan", call.device)
+    rows = max(1, plan.chunk_of(call.tile) // call.tile)
     work = table.work.count
-    programs = module("plan", call.device).accumulators(work, rows * call.K * extent, call.K * call.elements)
+    programs = plan.accumulators(work, rows * call.K * extent, call.K * call.elements)
     each = ceil(work, programs)
     programs = ceil(work, each)
     acc = z_bar.new_zeros((programs * rows, call.K, extent))
@@ -261,7 +264,7 @@ def _tiled_backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     options = {**_tile_options(call, table), **redrawn}
     place = table.work.at, work, table.rows, table.windows, each, call.K
     if hadamard:
-        scratch = acc if call.tile <= 4096 else z_bar.new_empty(programs * call.tile)
+        scratch = acc if call.tile <= plan.CHUNK else z_bar.new_empty(programs * call.tile)
         module("hadamard", call.device).backward[(programs,)](
             table.table, call.pointers(), acc, scratch, step, *place, extent, **options
         )

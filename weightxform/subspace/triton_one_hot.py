@@ -12,17 +12,20 @@ import triton.language as tl
 
 from .triton_random import PERM, draw, flip, permuted, step_word, unpermuted
 from .triton_tiles import (
-    CHUNK,
     COUNT,
     FIELDS,
     FIRST,
+    all_owned,
     any_of,
+    chunk_of,
     entry_of,
     factor_of,
     key_of,
     owned,
+    parts_of,
     places,
     read,
+    rows_of,
     signs_in,
     tile_of,
     window,
@@ -36,16 +39,13 @@ def _whole(
     BIG: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Of whole tiles: where the windows begin, [R, 1], and pi or its inverse for each place, [R, TS]."""
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     tile, _, place = tile_of(row, begin, TILE)
     o = window(plan, row, windows, tile, r, PACKED, BIG) + r * TILE
     w0, w1, w2, w3 = draw(key, PERM, tile, r, step)
-    j = (place + tl.arange(0, CHUNK // R)[None, :]).to(tl.uint32)
+    j = (place + tl.arange(0, chunk_of(TILE) // R)[None, :]).to(tl.uint32)
     bits = tl.full([], LOG, tl.uint32)
-    if INVERSE:
-        v = unpermuted(j, w0, w1, w2, w3, bits)
-    else:
-        v = permuted(j, w0, w1, w2, w3, bits)
+    v = unpermuted(j, w0, w1, w2, w3, bits) if INVERSE else permuted(j, w0, w1, w2, w3, bits)
     return o, v.to(tl.int32)
 
 
@@ -53,8 +53,9 @@ def _whole(
 def _taken(x, v, R: tl.constexpr):
     """x[q, v[q, j]], through shared memory."""
     q = tl.arange(0, R)[:, None]
-    i = tl.reshape(q * (CHUNK // R) + v, [CHUNK])
-    return tl.reshape(tl.gather(tl.reshape(x, [CHUNK]), i, 0), [R, CHUNK // R])
+    N: tl.constexpr = R * v.shape[1]
+    i = tl.reshape(q * v.shape[1] + v, [N])
+    return tl.reshape(tl.gather(tl.reshape(x, [N]), i, 0), [R, v.shape[1]])
 
 
 @triton.jit
@@ -73,10 +74,7 @@ def _stratum(
 
 @triton.jit
 def _fetched(zx, o, v, sign, R: tl.constexpr, SHARED: tl.constexpr):
-    if SHARED:
-        x = _taken(tl.load(zx + (o + tl.arange(0, CHUNK // R)[None, :])), v, R)
-    else:
-        x = tl.load(zx + (o + v))
+    x = _taken(tl.load(zx + (o + tl.arange(0, v.shape[1])[None, :])), v, R) if SHARED else tl.load(zx + (o + v))
     return flip(x, sign)
 
 
@@ -86,17 +84,17 @@ def _forward(
     TILE: tl.constexpr, LOG: tl.constexpr, SIGNED: tl.constexpr, ONE: tl.constexpr, PACKED: tl.constexpr,
     BIG: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
-    SHARED: tl.constexpr = FULL and TILE <= CHUNK
+    R: tl.constexpr = rows_of(TILE)
+    SHARED: tl.constexpr = FULL and parts_of(TILE) == 1
     key = key_of(row)
-    low, high, _ = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, chunk_of(TILE))
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     factor = factor_of(row, C)
-    i = tl.reshape(tl.arange(0, CHUNK), [R, CHUNK // R])
+    i = tl.arange(0, R)[:, None] * (chunk_of(TILE) // R) + tl.arange(0, chunk_of(TILE) // R)[None, :]
     t0 = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, FULL)
     zero = tl.full([], 0, tl.int32)
     o, v = _stratum(plan, row, windows, key, begin, zero, step, TILE, LOG, PACKED, BIG, FULL)
-    sign = signs_in(key, begin, zero, step, R, C, SIGNED)
+    sign = signs_in(key, begin, zero, step, R, chunk_of(TILE), C, SIGNED)
     b = zero
     while b < batch:
         y = _fetched(zx, o, v, sign, R, SHARED)
@@ -104,7 +102,7 @@ def _forward(
             r = zero + 1
             while r < strata:
                 o_r, v_r = _stratum(plan, row, windows, key, begin, r, step, TILE, LOG, PACKED, BIG, FULL)
-                y += _fetched(zx, o_r, v_r, signs_in(key, begin, r, step, R, C, SIGNED), R, SHARED)
+                y += _fetched(zx, o_r, v_r, signs_in(key, begin, r, step, R, chunk_of(TILE), C, SIGNED), R, SHARED)
                 r += 1
         write(addresses + 1, b * count + begin - first, i, low, high, t0 + factor * y, T, ALIGNED, FULL)
         zx += extent
@@ -120,14 +118,14 @@ def forward(
     """theta of one chunk."""
     member, chunk = entry_of(plan, at + tl.program_id(0))
     row = plan + rows + member * FIELDS
-    begin = chunk * CHUNK
-    _, _, full = owned(row, begin, CHUNK)
+    begin = chunk * chunk_of(TILE)
+    full = all_owned(row, begin, chunk_of(TILE))
     word = step_word(step, REDRAWN)
     addresses, turns = pointers + 2 * member, plan + windows + member * strata
     if full:
         _forward(
             plan, row, addresses, turns, zx, word, begin, batch, strata, extent, T, C, TILE, LOG, SIGNED, ONE, PACKED,
-            BIG, ALIGNED, TILE <= CHUNK,
+            BIG, ALIGNED, parts_of(TILE) == 1,
         )  # fmt: skip
     else:
         _forward(
@@ -148,16 +146,16 @@ def _backward(
     TILE: tl.constexpr, LOG: tl.constexpr, SIGNED: tl.constexpr, PACKED: tl.constexpr, BIG: tl.constexpr,
     ALIGNED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     key = key_of(row)
-    low, high, _ = owned(row, begin, CHUNK)
+    low, high = owned(row, begin, chunk_of(TILE))
     first, count = tl.load(row + FIRST), tl.load(row + COUNT)
     factor = factor_of(row, C)
-    i = tl.reshape(tl.arange(0, CHUNK), [R, CHUNK // R])
+    i = tl.arange(0, R)[:, None] * (chunk_of(TILE) // R) + tl.arange(0, chunk_of(TILE) // R)[None, :]
     q = tl.arange(0, R)[:, None].to(tl.int64)
     r = tl.full([], 0, tl.int32)
     while r < strata:
-        sign = signs_in(key, begin, r, step, R, C, SIGNED)
+        sign = signs_in(key, begin, r, step, R, chunk_of(TILE), C, SIGNED)
         if FULL:
             o, v = _whole(plan, row, windows, key, begin, r, step, TILE, LOG, PACKED, BIG, True)
         else:
@@ -168,7 +166,7 @@ def _backward(
             x = read(addresses, row, b * count + begin - first, i, low, high, T, C, ALIGNED, FULL) * factor
             if FULL:
                 x = _taken(flip(x, sign), v, R)
-                _add(to + (o + tl.arange(0, CHUNK // R)[None, :]), x)
+                _add(to + (o + tl.arange(0, chunk_of(TILE) // R)[None, :]), x)
             else:
                 x = flip(x, sign)
                 m = tl.full([], LOG, tl.int32)
@@ -191,7 +189,7 @@ def backward(
     REDRAWN: tl.constexpr,
 ):  # fmt: skip
     """The sums of ``each`` chunks."""
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     program = tl.program_id(0).to(tl.int64)
     word = step_word(step, REDRAWN)
     acc += program * R * batch * extent
@@ -200,13 +198,13 @@ def backward(
     while n < end:
         member, chunk = entry_of(plan, at + n)
         row = plan + rows + member * FIELDS
-        begin = chunk * CHUNK
-        _, _, full = owned(row, begin, CHUNK)
+        begin = chunk * chunk_of(TILE)
+        full = all_owned(row, begin, chunk_of(TILE))
         addresses, turns = pointers + 2 * member, plan + windows + member * strata
-        if full and TILE <= CHUNK:
+        if full and parts_of(TILE) == 1:
             _backward(
                 plan, row, addresses, turns, acc, word, begin, batch, strata, extent, T, C, TILE, LOG, SIGNED, PACKED,
-                BIG, ALIGNED, TILE <= CHUNK,
+                BIG, ALIGNED, parts_of(TILE) == 1,
             )  # fmt: skip
         else:
             _backward(

@@ -26,6 +26,12 @@ from .reference import Row, root, stratum
 NAMES = ("numel", "start", "k0", "k1", "first", "count", "factor", "spread")
 FIELDS = len(NAMES)
 CHUNK = 4096  # elements that a program holds at once; 16 for each of its threads
+ROWS = 8  # tiles that it holds, at most
+
+
+def chunk_of(tile: int) -> int:
+    """The elements of a program of a tiled kind."""
+    return min(CHUNK, ROWS * tile)
 
 
 class Member(NamedTuple):
@@ -123,7 +129,7 @@ def table_for(key: tuple, device: torch.device, build: Callable[[], Table]) -> T
 
 
 def accumulators(work: int, width: int, elements: int) -> int:
-    """How many partial sums of ``width`` numbers a backward keeps: many, as long as they are few beside ``elements``."""
+    """How many partial sums of ``width`` numbers a backward keeps: as long as they are few beside ``elements``."""
     return max(1, min(work, 1024, max((1 << 20) // width, elements // (2 * width))))
 
 

@@ -50,7 +50,7 @@ def finish(
     plan, sums, c, out, slices: tl.int32, batch: tl.int32, extent: tl.int64, dim: tl.int64, TILE: tl.constexpr,
     SCALED: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """z_bar of COLUMNS columns of one stratum: the slices of ``sums`` [slices, batch, extent], and each of their copies."""
+    """z_bar of COLUMNS columns of one stratum: ``sums`` [slices, batch, extent] and their copies."""
     r, b = tl.program_id(1), tl.program_id(2)
     low = tl.load(plan + LOWS + r).to(tl.int32)
     w = tl.load(plan + LOWS + r + 1).to(tl.int32) - low

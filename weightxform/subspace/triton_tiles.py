@@ -23,6 +23,24 @@ NUMEL, START, K0, K1, FIRST, COUNT, FACTOR, SPREAD = (tl.constexpr(i) for i in r
 ROOT, LOWS = tl.constexpr(0), tl.constexpr(1)
 
 
+@triton.constexpr_function
+def chunk_of(TILE):
+    """The elements of a program, for the compiler; ``triton_plan.py`` has it for the host."""
+    return min(4096, 8 * TILE)
+
+
+@triton.constexpr_function
+def rows_of(TILE):
+    """The tiles in a chunk, at least 1."""
+    return max(1, min(4096, 8 * TILE) // TILE)
+
+
+@triton.constexpr_function
+def parts_of(TILE):
+    """The chunks in a tile, at least 1."""
+    return max(1, TILE // 4096)
+
+
 @triton.jit
 def entry_of(plan, at):
     """Which tensor, and which block of it."""
@@ -42,12 +60,18 @@ def factor_of(row, C: tl.constexpr):
 
 @triton.jit
 def owned(row, begin, N: tl.constexpr):
-    """Where in the N elements from ``begin`` on those that are here begin and end, and whether all are."""
+    """Where in the N elements from ``begin`` on those that are here begin and end."""
     first = tl.load(row + FIRST)
     end = first + tl.load(row + COUNT)
     low = tl.minimum(tl.maximum(first - begin, 0), N).to(tl.int32)
     high = tl.minimum(tl.maximum(end - begin, 0), N).to(tl.int32)
-    return low, high, (low == 0) & (high == N)
+    return low, high
+
+
+@triton.jit
+def all_owned(row, begin, N: tl.constexpr):
+    first = tl.load(row + FIRST)
+    return (begin >= first) & (begin + N <= first + tl.load(row + COUNT))
 
 
 @triton.jit
@@ -89,12 +113,12 @@ def window(plan, row, windows, s, r, PACKED: tl.constexpr, BIG: tl.constexpr):
 @triton.jit
 def tile_of(row, begin, TILE: tl.constexpr):
     """Of each row of a chunk: the start of its tile, the elements in the tile, and the place of the row in it."""
-    if TILE > CHUNK:
+    if parts_of(TILE) > 1:
         tile = begin + tl.zeros([1, 1], tl.int64)
         place = (begin & (TILE - 1)).to(tl.int32) + tl.zeros([1, 1], tl.int32)
         tile -= place
     else:
-        q = tl.arange(0, CHUNK // TILE)[:, None]
+        q = tl.arange(0, rows_of(TILE))[:, None]
         tile = begin + q * TILE
         place = q * 0
     rest = tl.minimum(tl.maximum(tl.load(row + NUMEL) - tile, 0), TILE).to(tl.int32)
@@ -113,12 +137,12 @@ def any_of(x):
 
 
 @triton.jit
-def signs_in(key, begin, r, step, R: tl.constexpr, C: tl.constexpr, SIGNED: tl.constexpr):
+def signs_in(key, begin, r, step, R: tl.constexpr, N: tl.constexpr, C: tl.constexpr, SIGNED: tl.constexpr):
     if SIGNED:
-        s = signs(key, SIGN_IN, begin, r, step, CHUNK, C)
+        s = signs(key, SIGN_IN, begin, r, step, N, C)
     else:
-        s = tl.zeros([CHUNK], tl.uint64 if tl.float64 == C else tl.uint32)
-    return tl.reshape(s, [R, CHUNK // R])
+        s = tl.zeros([N], tl.uint64 if tl.float64 == C else tl.uint32)
+    return tl.reshape(s, [R, N // R])
 
 
 @triton.jit
@@ -127,10 +151,10 @@ def places(
     BIG: tl.constexpr,
 ):  # fmt: skip
     """Where in zx each element of a chunk of one_hot reads, whatever its block; and log2 of its block, or -1."""
-    R: tl.constexpr = 1 if TILE > CHUNK else CHUNK // TILE
+    R: tl.constexpr = rows_of(TILE)
     tile, rest, place = tile_of(row, begin, TILE)
-    j = place + tl.arange(0, CHUNK // R)[None, :]
-    found = tl.zeros([R, CHUNK // R], tl.int32)
+    j = place + tl.arange(0, chunk_of(TILE) // R)[None, :]
+    found = tl.zeros([R, chunk_of(TILE) // R], tl.int32)
     level = found - 1
     m = tl.full([], LOG, tl.int32)
     while m >= 0:
