@@ -17,7 +17,7 @@ import weightxform as wx
 from weightxform.__main__ import main
 from weightxform.bench import case as cases
 from weightxform.bench import footprint, gate, measure, models, report, rooms, suite, summary, timing, tuned
-from weightxform.bench.rooms import spectral_norm
+from weightxform.bench.rooms import spectral_norm, subspace
 from weightxform.registry import OPS
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def bench(*arguments: object) -> int:
 def test_every_variant_is_right_at_the_second_step() -> None:
     for case in (TINY, LIST):
         problem = cases.Problem(case, CPU)
-        oracle = gate.Oracle(spectral_norm.ROOM, problem)
+        oracle = gate.Oracle(spectral_norm.oracle, problem)
         for variant in without_compile(problem):
             variant.start()
             answer = oracle.check(variant, problem.douts)
@@ -70,7 +70,7 @@ def test_oracle_against_torch_in_float64() -> None:
 @pytest.mark.parametrize("fault", ["cached", "values", "gradients", "nan", "no gradient"])
 def test_gate_finds(fault: str) -> None:
     problem = cases.Problem(TINY, CPU)
-    oracle = gate.Oracle(spectral_norm.ROOM, problem)
+    oracle = gate.Oracle(spectral_norm.oracle, problem)
 
     def build() -> tuple[Any, list]:
         forward, raws = spectral_norm.functional(problem)
@@ -202,6 +202,17 @@ def test_ratio_is_taken_within_a_round() -> None:
     ours, theirs = timing.Times([1.0, 10.0, 1.0], 1.0), timing.Times([2.0, 20.0, 2.0], 2.0)
     assert theirs.ratio(ours) == 2
     assert timing.Times([3.0, 4.0, 5.0], 3.0).median == 4
+
+
+def test_a_slow_call_is_in_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    calls = [timing.Call(name, partial(log.append, name)) for name in ("slow", "quick")]
+    monkeypatch.setattr(timing, "clock", lambda call, device: (call.body(), 2.0 if call.name == "slow" else 0.1)[1])
+    times = timing.interleave(calls, CPU, seconds=1, least=5, most=5)
+    assert (len(times["slow"].rounds), len(times["quick"].rounds)) == (timing.FEW, 5)
+    assert log.count("slow") == 1 + timing.FEW
+    assert times["slow"].ratio(times["quick"]) == pytest.approx(20)
+    assert len(timing.interleave(calls[:1], CPU, seconds=1)["slow"].rounds) == timing.FEW
 
 
 def test_counts_and_memory() -> None:
@@ -393,10 +404,11 @@ def test_list_and_names(capsys: pytest.CaptureFixture) -> None:
         return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
 
     everything = listed()
-    assert len(everything) == len(spectral_norm.CASES) == 19
-    assert listed("spectral_norm") == everything
+    assert everything == [c.name for c in (*spectral_norm.CASES, *subspace.CASES)]
+    assert listed("spectral_norm") == everything[:19]
+    assert listed("subspace") == everything[19:]
     assert listed("resnet*") == ["resnet-18", "resnet-50"]
-    assert listed("--quick") == [c.name for c in spectral_norm.CASES if c.quick]
+    assert listed("--quick", "spectral_norm") == [c.name for c in spectral_norm.CASES if c.quick]
     assert listed("--quick", "resnet-50") == ["resnet-50"]
 
 
@@ -427,7 +439,7 @@ def test_a_room_is_found_because_it_is_there(tmp_path: Path, monkeypatch: pytest
         "ROOM = replace(ROOM, name='toy', cases=())\n"
     )
     monkeypatch.setattr(rooms, "__path__", [*rooms.__path__, str(tmp_path)])
-    assert list(cases.find_rooms()) == ["spectral_norm", "toy"]
+    assert list(cases.find_rooms()) == ["spectral_norm", "subspace", "toy"]
 
 
 # the verdicts
@@ -439,13 +451,14 @@ def _case(name: str, group: str, mib: float, eager: float, compiled: float | Non
 
 
 def test_verdicts() -> None:
-    found = summary.verdicts(
+    found = spectral_norm.verdicts(
         [
             _case("small", "single", 1, 8, 3, 9.0),
             _case("large", "single", 64, 2, 0.9, 1.5),
             _case("resnet-18", "list", 42, 6, 2, 1.3),
             _case("resnet-50", "list", 89, 4.5, None, 1.3),
-        ]
+        ],
+        "cpu",
     )
     by_name = {v.what: (v.value, v.met) for v in found}
     assert by_name["single weights against torch, geometric mean"] == (pytest.approx(4), True)
@@ -467,8 +480,8 @@ def test_a_busy_machine_is_named(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_verdicts_of_nothing_are_not_met() -> None:
-    for verdict in summary.verdicts([_case("small", "single", 1, 8, None, 2.0)]):
+    for verdict in spectral_norm.verdicts([_case("small", "single", 1, 8, None, 2.0)], "cpu"):
         if verdict.value is None:
             assert verdict.met is None
             assert "not measured" in str(verdict)
-    assert sum(v.value is None for v in summary.verdicts([])) == 13
+    assert sum(v.value is None for v in spectral_norm.verdicts([], "cpu")) == 13

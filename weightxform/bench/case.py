@@ -7,13 +7,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import backend
 from . import rooms
+from .summary import Verdict
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -23,7 +24,7 @@ class Case:
     """A model, all of whose Linear and Conv weights are computed.
 
     Attributes:
-        group: ``"single"`` (one weight), ``"list"``, or ``"layer"`` (one weight, for its training step).
+        group: ``"single"`` (one weight), ``"list"``, ``"layer"`` (one weight, for its training step), ``"subspace"``.
         inputs: shape of a batch, for the whole training step; ``None``: the weights alone are timed.
         quick: part of ``--quick``.
     """
@@ -83,6 +84,7 @@ class Variant:
         backend: which kernel serves it.
         main: the one of its role that the summary speaks of. Of the compiled ones the fastest counts.
         forced: run under ``wx.backend(forced)``.
+        steps: also timed in a training step, where its room has an optimizer.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Variant:
     backend: str
     main: bool = True
     forced: str | None = None
+    steps: bool = True
     raws: list[Tensor] = field(init=False)
     _forward: Callable[[], Sequence[Tensor]] = field(init=False)
 
@@ -123,25 +126,63 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Errors of a variant's weights and gradients against float64, each over its own bound (1 is the limit)."""
+
+    value: float
+    gradient: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= 1 and self.gradient <= 1
+
+    @property
+    def reason(self) -> str:
+        wrong = [w for w, e in (("values", self.value), ("gradients", self.gradient)) if not e <= 1]
+        return f"wrong {' and '.join(wrong)}" if wrong else ""
+
+
+class Judge(Protocol):
+    def check(self, variant: Variant, douts: Sequence[Tensor]) -> Answer:
+        """Run ``variant``, which is in the problem's initial state, and leave it fit to be timed."""
+        ...
+
+
+@dataclass(frozen=True)
 class Room:
     """A transform as the benchmark sees it.
 
     Attributes:
-        ops: names in the registry, all of whose cases are part of the gate.
+        ops: names in the registry, whose cases are part of the gate.
         variants: the ways to compute the weights; those of role ``"ours"`` must be right, or nothing is timed.
-        oracle: (weights, gradients) of the ``steps``-th training step from the initial state, in the given dtype.
+        judge: knows what is right for a problem: ``gate.Oracle``, or a judge of the room's own.
         floor: bytes of (forward, backward) with each input read once and each output written once.
-        constrain: makes a model compute its weights, by one of ``constraints``; for the whole training step.
+        verdicts: the figures of the room's cases, measured on this type of device, against the targets.
+        problem: makes the problem of a case.
+        concerns: whether a case of the ops, by name, is about what a case of the benchmark times.
+        times_reference: whether the reference is timed, and so part of the gate, where another backend serves.
+        constrain: makes a model compute its weights, by one of ``constraints``; for the whole training step of the
+            cases that have ``inputs``.
+        optimizer: of the raw tensors; for a training step of the weights alone (any case).
+        memory: bytes that a case takes at most, so that it is left out where there is less.
+        tuned: time the middling cases again where memory is kept.
     """
 
     name: str
     ops: tuple[str, ...]
     cases: Sequence[Case]
-    variants: Callable[[Problem], Iterable[Variant]]
-    oracle: Callable[[Problem, int, torch.dtype], tuple[list[Tensor], list[Tensor]]]
-    floor: Callable[[Problem], tuple[int, int]]
-    constrain: Callable[[nn.Module, str], nn.Module]
+    variants: Callable[[Any], Iterable[Variant]]
+    judge: Callable[[Any], Judge]
+    floor: Callable[[Any], tuple[int, int]]
+    verdicts: Callable[[Sequence[dict[str, Any]], str], list[Verdict]]
+    problem: Callable[[Any, torch.device], Problem] = Problem
+    concerns: Callable[[Any, str], bool] = lambda case, op_case: True
+    times_reference: bool = True
+    constrain: Callable[[nn.Module, str], nn.Module] | None = None
     constraints: Sequence[str] = ("ours", "eager")
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    memory: Callable[[Any], int] = lambda case: 0
+    tuned: bool = True
 
 
 def find_rooms() -> dict[str, Room]:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from .case import find_rooms
     from .footprint import ours_without_pool
     from .gate import check_ops
-    from .machine import describe
+    from .machine import describe, free_memory
     from .suite import GateError, Options, measure
 
     rooms = find_rooms()
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(f"no case matches {' '.join(args.names)}; --list prints them")
     if args.list:
         for room, case in chosen:
-            print(f"{room.name:16} {case.name:24} {case.group:7} {'quick' if case.quick else ''}".rstrip())
+            print(f"{room.name:16} {case.name:35} {case.group:8} {'quick' if case.quick else ''}".rstrip())
         return 0
     device = torch.device(args.device)
     if device.type not in ("cpu", "cuda"):
@@ -75,9 +75,17 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     machine = describe(device)
     report.header(console, machine)
+    free = free_memory(device)
+    for room, case in chosen:
+        if room.memory(case) > free:
+            console.print(
+                f"{case.name} is left out: it takes up to {room.memory(case) / 2**30:.0f} GiB", style="yellow"
+            )
+    chosen = [(room, case) for room, case in chosen if room.memory(case) <= free]
+    of_room = {room.name: (room, [c for r, c in chosen if r is room]) for room, _ in chosen}
     gate = []
-    for room in {id(room): room for room, _ in chosen}.values():
-        gate += [(backend, r) for backend, r in check_ops(room, device)]
+    for room, own in of_room.values():
+        gate += check_ops(room, device, own)
     wrong = [(backend, r) for backend, r in gate if not r.passed]
     for backend, r in wrong:
         console.print(f"WRONG {backend}: {r}", style="bold red", highlight=False)
@@ -101,9 +109,11 @@ def run(args: argparse.Namespace) -> int:
                 row["peak_bytes"] = peaks[case.name][row["name"]]
         report.show_case(console, cases[-1])
     if device.type == "cpu" and not (args.no_tuned or args.main_only):
-        _tune(cases, seconds)
+        _tune([c for c in cases if of_room[c["transform"]][0].tuned], seconds)
 
-    found = summary.verdicts(cases)
+    found = []
+    for room, _ in of_room.values():
+        found += room.verdicts([c for c in cases if c["transform"] == room.name], device.type)
     report.show_overview(console, cases)
     noisy = summary.noisy(cases)
     report.show_verdicts(console, found, noisy)

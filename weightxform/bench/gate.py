@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,49 +10,38 @@ from torch import Tensor
 from .. import backends
 from ..registry import OPS
 from ..verify import Result, check_case
-from .case import Problem, Room, Variant
+from .case import Answer, Case, Problem, Room, Variant
 
 # Wide enough for sums in another order, far below what a wrong u, v or sigma does.
 FACTOR, SLACK = 10.0, 10.0
 STEPS = 2  # a weight that is served from a cache, or a state that stands still, is wrong at the second
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Errors of a variant's weights and gradients against float64, each over its own bound (1 is the limit)."""
-
-    value: float
-    gradient: float
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= 1 and self.gradient <= 1
-
-    @property
-    def reason(self) -> str:
-        wrong = [w for w, e in (("values", self.value), ("gradients", self.gradient)) if not e <= 1]
-        return f"wrong {' and '.join(wrong)}" if wrong else ""
-
-
-def check_ops(room: Room, device: torch.device) -> list[tuple[str, Result]]:
-    """(backend, result) of every float32 case of the room's ops, on the reference and on the kernel of the device."""
+def check_ops(room: Room, device: torch.device, cases: Sequence[Case]) -> list[tuple[str, Result]]:
+    """(backend, result) of the ops' float32 cases that concern ``cases``, on the backends that are timed."""
     results = []
     for name in room.ops:
         op = OPS[name]
-        calls = {"reference": op.reference_overload}
         backend, _ = backends.serving(name, device.type)
+        calls = {"reference": op.reference_overload} if room.times_reference else {}
         calls.setdefault(backend, op)
+        chosen = [c for c in op.cases if any(room.concerns(case, c) for case in cases)]
         for backend, call in calls.items():
-            results += [(backend, check_case(op, case, torch.float32, device, call)) for case in op.cases]
+            results += [(backend, check_case(op, case, torch.float32, device, call)) for case in chosen]
     return results
 
 
 class Oracle:
-    """Weights and gradients after ``STEPS`` training steps in float64, and how far a plain float32 run is from them."""
+    """Weights and gradients after ``STEPS`` training steps in float64, and how far a plain float32 run is from them.
 
-    def __init__(self, room: Room, problem: Problem) -> None:
-        self.exact = room.oracle(problem, STEPS, torch.float64)
-        plain = room.oracle(problem, STEPS, torch.float32)
+    ``after``: (weights, gradients) of the n-th training step from the initial state of a problem, in the given dtype.
+    """
+
+    def __init__(
+        self, after: Callable[[Problem, int, torch.dtype], tuple[list[Tensor], list[Tensor]]], problem: Problem
+    ) -> None:
+        self.exact = after(problem, STEPS, torch.float64)
+        plain = after(problem, STEPS, torch.float32)
         eps = SLACK * torch.finfo(torch.float32).eps
         self.bounds = [
             [FACTOR * error(p, e) + eps for p, e in zip(*both, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -112,3 +113,11 @@ def mlp(depth: int = 64, d: int = 64) -> nn.Module:
 def linear(h: int, w: int) -> nn.Module:
     with torch.no_grad():
         return nn.Sequential(nn.Linear(w, h, bias=False))
+
+
+def widths(total: int, count: int = 16) -> nn.Module:
+    """``count`` linear layers with ``total`` weights together: squares, and the rest, a column."""
+    side = math.isqrt(total // count)
+    rest = total - (count - 1) * side * side
+    parts = [nn.Linear(side, side, bias=False) for _ in range(count - 1)]
+    return nn.Sequential(*parts, nn.Linear(1, rest, bias=False))

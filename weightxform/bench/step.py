@@ -33,7 +33,7 @@ def step_costs(room: Room, problem: Problem, compiled: Variant | None, seconds: 
 
     ``compiled`` computes the weights in a compiled region; the model around it is run eagerly, as in the others.
     """
-    assert problem.case.inputs is not None
+    assert problem.case.inputs is not None and room.constrain is not None
     x = problem.randn(*problem.case.inputs)
     with torch.no_grad():
         dout = torch.randn_like(problem.model(x))

@@ -11,7 +11,6 @@ import torch
 
 from .case import Case, Problem, Room, Variant
 from .footprint import footprint
-from .gate import Oracle
 from .graphs import captured
 from .step import step_costs
 from .timing import Call, Times, interleave
@@ -40,7 +39,7 @@ def admit(room: Room, problem: Problem, options: Options) -> list[tuple[Variant,
 
     Raises :class:`GateError` if one of ours is wrong. A baseline that is wrong or cannot be built is kept out.
     """
-    oracle = Oracle(room, problem)
+    judge = room.judge(problem)
     admitted = []
     for variant in room.variants(problem):
         if options.main_only and not variant.main:
@@ -53,7 +52,7 @@ def admit(room: Room, problem: Problem, options: Options) -> list[tuple[Variant,
         }
         try:
             variant.start()
-            answer = oracle.check(variant, problem.douts)
+            answer = judge.check(variant, problem.douts)
         except Exception as e:
             if variant.role == "ours":
                 raise
@@ -77,7 +76,7 @@ def _finite(value: float) -> float | str:
 def measure(room: Room, case: Case, options: Options) -> dict[str, Any]:
     """The result of a case, as ``benchmarks/README.md`` documents it. Raises :class:`GateError`."""
     torch.compiler.reset()
-    problem = Problem(case, options.device)
+    problem = room.problem(case, options.device)
     admitted = admit(room, problem, options)
     right = [(v, row) for v, row in admitted if row["status"] == "ok"]
     eager = next((v for v, row in right if v.role == "eager"), None)
@@ -88,6 +87,8 @@ def measure(room: Room, case: Case, options: Options) -> dict[str, Any]:
     for v, row in right:
         calls.append(Call(f"{v.name}|fwd", v.forward, v.fresh))
         calls.append(Call(f"{v.name}|fwd_bwd", _both(v, problem), v.fresh))
+        if room.optimizer is not None and v.steps:
+            calls.append(Call(f"{v.name}|step", _step(v, problem, room.optimizer(v.raws)), v.fresh))
         if options.device.type == "cuda" and v.role != "compiled":
             graph, row["graph"] = captured(v, problem.douts)
             calls += [] if graph is None else [Call(f"{v.name}|graph", graph)]
@@ -105,20 +106,19 @@ def measure(room: Room, case: Case, options: Options) -> dict[str, Any]:
         "variants": [row for _, row in admitted],
     }  # fmt: skip
     compiled = [v for v, _ in right if v.role == "compiled"]
-    best = {
-        phase: min(compiled, key=lambda v: times[f"{v.name}|{phase}"].median, default=None)
-        for phase in ("fwd", "fwd_bwd")
-    }
+    phases = ("fwd", "fwd_bwd") if room.optimizer is None else ("fwd", "fwd_bwd", "step")
+    best = {phase: min(compiled, key=lambda v: times[f"{v.name}|{phase}"].median, default=None) for phase in phases}
     for v, row in right:
-        for phase in ("fwd", "fwd_bwd", "graph"):
+        for phase in (*phases, "graph"):
             mine = times.get(f"{v.name}|{phase}")
             if mine is not None:
                 floor = copies["fwd" if phase == "fwd" else "fwd_bwd"]
                 row[phase] = mine.as_json() | {"x_floor": mine.ratio(floor)}
         for phase, winner in best.items():
-            mine = times[f"{v.name}|{phase}"]
-            row[phase]["vs_eager"] = _speedup(times, eager, phase, mine)
-            row[phase]["vs_compiled"] = _speedup(times, winner, phase, mine)
+            mine = times.get(f"{v.name}|{phase}")
+            if mine is not None:
+                row[phase]["vs_eager"] = _speedup(times, eager, phase, mine)
+                row[phase]["vs_compiled"] = _speedup(times, winner, phase, mine)
         if options.memory:
             row |= footprint(v, problem)
     if options.steps and case.inputs is not None:
@@ -128,6 +128,14 @@ def measure(room: Room, case: Case, options: Options) -> dict[str, Any]:
 
 def _both(variant: Variant, problem: Problem) -> Callable[[], object]:
     return lambda: variant.forward_backward(problem.douts)
+
+
+def _step(variant: Variant, problem: Problem, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    def body() -> None:
+        variant.forward_backward(problem.douts)
+        optimizer.step()
+
+    return body
 
 
 def _speedup(times: dict[str, Times], baseline: Variant | None, phase: str, mine: Times) -> float | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+FEW = 2  # rounds of a slow call
+
 
 @dataclass(frozen=True)
 class Call:
@@ -18,6 +20,11 @@ class Call:
     name: str
     body: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+
+
+def ratio(rounds: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of the ratio within a round. A slow call is in the first rounds only."""
+    return statistics.median(a / b for a, b in zip(rounds, others, strict=False))
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Times:
         return statistics.median(self.rounds)
 
     def ratio(self, other: Times) -> float:
-        """How many times longer this took than ``other``: the median over rounds of the ratio within a round."""
-        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+        """How many times longer this took than ``other``: the median of the ratios within the rounds that both had."""
+        return ratio(self.rounds, other.rounds)
 
     def as_json(self) -> dict:
         return {
@@ -65,15 +72,18 @@ def interleave(
     """Time ``calls`` in rounds for about ``seconds`` in all.
 
     In a round each call has one block: a run that warms the caches up where they can matter (calls below 20 ms), then a
-    few timed runs, of which the median is kept. The order rotates from round to round. ``least`` and ``most``: rounds.
+    few timed runs, of which the median is kept. The order rotates from round to round. ``least`` and ``most``: rounds;
+    a call of more than a second that would fill ``seconds`` by itself is in ``FEW`` of them.
     """
     estimate = {}
     for call in calls:
-        clock(call, device)
-        estimate[call.name] = clock(call, device)
+        first = clock(call, device)
+        estimate[call.name] = first if first > 1 else clock(call, device)
+    slow = {name for name, t in estimate.items() if t > 1 and t * least > seconds}
     repeats = {name: max(1, min(20, int(4e-3 / t))) for name, t in estimate.items()}
-    one_round = sum(estimate[c.name] * (repeats[c.name] + (estimate[c.name] < 20e-3)) for c in calls)
-    n_rounds = max(least, min(most, int(seconds / one_round)))
+    blocks = {name: t * (repeats[name] + (t < 20e-3)) for name, t in estimate.items()}
+    one_round = sum(t for name, t in blocks.items() if name not in slow)
+    n_rounds = max(least, min(most, int(seconds / one_round))) if one_round else FEW
 
     rounds: dict[str, list[float]] = {c.name: [] for c in calls}
     fastest = dict.fromkeys(rounds, float("inf"))
@@ -84,6 +94,8 @@ def interleave(
         for n in range(n_rounds):
             turn = n % len(calls)
             for call in (*calls[turn:], *calls[:turn]):
+                if call.name in slow and n >= FEW:
+                    continue
                 if estimate[call.name] < 20e-3:
                     clock(call, device)
                 times = [clock(call, device) for _ in range(repeats[call.name])]

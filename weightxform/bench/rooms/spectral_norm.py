@@ -20,8 +20,11 @@ from ...spectral_norm import reference
 from ...spectral_norm.repeated import Prepared
 from .. import models
 from ..case import Case, Problem, Room, Variant, layers
+from ..gate import Oracle
+from ..summary import MIB, Verdict, main_row, of_case, verdict
 
 EPS = 1e-12
+MANY_SMALL = "mlp-64x64x64"
 OPTIONS = 0, 1, EPS, False, None, None  # dim, n_iter, eps, v_first, bound, out_dtype
 
 
@@ -217,6 +220,50 @@ def variants(problem: Problem) -> Iterator[Variant]:
         yield Variant("torch.compile, by hand, graphs", "compiled", build, "inductor")
 
 
+def _ops_alone(case: dict[str, Any]) -> float | None:
+    row = next((v for v in case["variants"] if v["name"] == "ours, ops alone"), None)
+    return None if row is None or row["status"] != "ok" else row["fwd_bwd"].get("vs_eager")
+
+
+def _cost_ratio(case: dict[str, Any]) -> float | None:
+    """How many times more torch's constraint adds to a training step than ours."""
+    cost = case.get("step", {}).get("cost")
+    return None if cost is None else cost["eager"] / max(cost["ours"], 1e-9)
+
+
+def _folded_step(case: dict[str, Any]) -> float | None:
+    """A step of the folded layers over that of plain ones."""
+    return 1 + case["step"]["cost"]["folded"] if "folded" in case.get("step", {}).get("cost", {}) else None
+
+
+def verdicts(cases: Sequence[dict[str, Any]], device: str) -> list[Verdict]:
+    """Forward and backward through the public API, against the targets of a CPU with two threads, float32, training."""
+    single = [c for c in cases if c["group"] == "single"]
+    lists = [c for c in cases if c["group"] == "list"]
+    resnets = [c for c in lists if c["name"].startswith("resnet")]
+    large = [c for c in single if c["bytes"] >= 4 * MIB]
+    both = "fwd_bwd"
+    return [
+        verdict("single weights against torch, geometric mean", single, both, "vs_eager", 4),
+        verdict("single weights against the best torch.compile, geometric mean", single, both, "vs_compiled", 1.5),
+        verdict("slowest case against torch", cases, both, "vs_eager", 1, worst=True),
+        verdict("slowest case against the best torch.compile", cases, both, "vs_compiled", 1, worst=True),
+        verdict("over a copy's floor, single weights from 4 MiB, worst", large, both, "x_floor", 1.4, True, True),
+        verdict("over a copy's floor, single weights from 4 MiB, geometric mean", large, both, "x_floor", 1.4, True),
+        verdict("ResNet lists, grouped, against torch, worst", resnets, both, "vs_eager", 5, worst=True),
+        verdict("lists, grouped, against torch, geometric mean", lists, both, "vs_eager", 1),
+        of_case("64 layers of 64x64, ops alone, against torch", cases, MANY_SMALL, 25, _ops_alone),
+        of_case("64 layers of 64x64, through autograd, against torch", cases, MANY_SMALL, 5,
+                 lambda c: main_row(c)[both]["vs_eager"]),
+        of_case("64 layers of 64x64, through autograd, against the best torch.compile", cases, MANY_SMALL, 1.8,
+                 lambda c: main_row(c)[both]["vs_compiled"]),
+        of_case("64 layers of 64x64: what torch adds to a training step over what ours adds", cases, MANY_SMALL, 8,
+                 _cost_ratio),
+        of_case("step of a folded Linear(1024, 1024) at batch 64 over a plain one's", cases, "layer-1024x1024", 1.3,
+                 _folded_step, at_most=True),
+    ]  # fmt: skip
+
+
 ROOM = Room(
     name="spectral_norm",
     ops=(
@@ -228,8 +275,9 @@ ROOM = Room(
     ),
     cases=CASES,
     variants=variants,
-    oracle=oracle,
+    judge=partial(Oracle, oracle),
     floor=floor,
+    verdicts=verdicts,
     constrain=constrain,
     constraints=("ours", "folded", "eager"),
 )
