@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
+import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import weightxform as wx
 from weightxform.subspace import op
@@ -146,3 +150,32 @@ class Calls:
 
         monkeypatch.setattr(op, "subspace_fwd", fwd)
         monkeypatch.setattr(op, "subspace_bwd", bwd)
+
+
+def seeded(make=mlp, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return make()
+
+
+def about(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["weightxform"])
+
+
+def state_of(model: nn.Module) -> tuple:
+    """All that loading could change."""
+    return (
+        {n: t.detach().clone() for n, t in model.state_dict().items()},
+        {n: p.requires_grad for n, p in model.named_parameters()},
+        [type(m) for m in model.modules()],
+        [sum(len(h) for k, h in vars(m).items() if k.endswith("hooks")) for m in model.modules()],
+    )
+
+
+def assert_refused(path, model: nn.Module, message: str, error: type[Exception] = ValueError, **options) -> None:
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        wx.Subspace.load(path, model, **options)
+    after = state_of(model)
+    assert_close(after[0], before[0], rtol=0, atol=0, equal_nan=True)
+    assert after[1:] == before[1:]

@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..transform import describe
+from ..transform import describe, require_float
 from .maps import ImplicitMap
 from .plan import TILE, VERSION, in_order, plain_name
 from .projections import NAMED, NORMALIZE, Dense, Learned, Projection, of_file
@@ -135,17 +134,21 @@ def save(sub: Subspace, path: str | PathLike[str]) -> None:
     description = _compact(_description(sub)).decode()
     data = to_bytes(tensors, {"weightxform": description, "sha256": _digest(description, tensors)})
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as file:
-        try:  # whole or not at all
-            file.write(data)
-            file.close()
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    beside_it = target.with_name(f".{target.name}.{os.getpid()}")
+    try:  # whole or not at all
+        beside_it.write_bytes(data)
+        os.replace(beside_it, target)
+    except BaseException:
+        beside_it.unlink(missing_ok=True)
+        raise
 
 
 # reading
+
+
+def _is_row(row: Any) -> bool:
+    """[name, shape, dtype, fingerprint]?"""
+    return isinstance(row, list) and [type(x) for x in row] == [str, list, str, str]
 
 
 class _File:
@@ -194,6 +197,27 @@ class _File:
             raise self.error("has an unknown normalize or structure")
         if about["theta0"] != hashlib.sha256(_compact(about["tensors"])).hexdigest():
             raise self.error("is damaged: the hash of its list of tensors is another")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        about = self.about
+        names = [row[0] for row in about["tensors"] if _is_row(row)]
+        stored = about["kind"] in (Dense.kind, Learned.kind)
+        fits = {
+            "d": about["d"] >= 1,
+            "seed": -(2**63) <= about["seed"] < 2**63,
+            "K": about["K"] is None or (about["kind"] == "sparse" and about["K"] >= 1),
+            "form": about["kind"] != "one_hot" or about["form"] in ("signed", "unsigned"),
+            "scale": (about["normalize"] == "init") == (about["scale"] is not None),
+            "redraw": about["redraw"] in (None, "step"),
+            "step": 0 <= about["step"] < 2**32 and (about["redraw"] is not None or about["step"] == 0),
+            "tensors": 0 < len(set(names)) == len(about["tensors"]),
+            "order": sorted(map(str, about["order"] or names)) == sorted(names) and (about["order"] is None) != stored,
+            "basis": (about["basis"] is None) != stored,
+        }
+        wrong = [key for key, fit in fits.items() if not fit]
+        if wrong:
+            raise self.error(f"has a wrong {wrong[0]!r} in its description: {about[wrong[0]]!r}")
 
     def _check_tensors(self) -> None:
         known = {"coordinates", "scales", "basis"}
@@ -212,6 +236,7 @@ class _File:
         if about["kind"] == Dense.kind:
             if basis is None:
                 raise self.error("was made with wx.subspace.Dense: give its matrix as basis=")
+            require_float("Subspace.load", "basis", basis)
             if fingerprint(basis) != about["basis"]:
                 raise self.error("was made with another basis")
         elif basis is not None:
@@ -238,6 +263,9 @@ class _File:
                 raise self.error(f"is for other weights: the values of {name} are not those that it was trained on")
         chosen = [there[n] for n in self.about["order"] or [n for n in there if n in listed]]
         extra = self._pairs("param.", {n: m.parameter for n, m in there.items()}, "parameter")
+        twice = [name for name in extra if name in listed]
+        if twice:
+            raise self.error(f"trains {twice[0]}, which is a weight of the subspace, beside it as well")
         return chosen, [there[name] for name in extra]
 
     def _pairs(self, prefix: str, there: Mapping[str, Tensor], what: str) -> dict[str, tuple[Tensor, Tensor]]:

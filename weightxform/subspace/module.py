@@ -230,6 +230,8 @@ class Subspace(nn.Module):
         total = _coordinates_of(chosen, dim, structure)
         if coordinates.shape != (total,) or (scales is None) != (structure == "shared"):
             raise ValueError(f"Subspace.load: coordinates must be {total} numbers, got {describe(coordinates)}")
+        if scales is not None and scales.shape != (len(chosen),):
+            raise ValueError(f"Subspace.load: scales must be {len(chosen)} numbers, got {describe(scales)}")
         sub._set_up(model, chosen, extra, dim, projection, seed, normalize, redraw, structure)
         with torch.no_grad():
             sub.coordinates.copy_(coordinates)
