@@ -82,9 +82,9 @@ __device__ void add_products(const E* e, const C* z, const DenseCommon& o, int r
 }
 
 // o.lanes threads share a row of E, K of the batch share its reading.
-template <class E, class C, int N, int K>
+template <class E, class C, int K>
 __global__ void __launch_bounds__(kThreads)
-    dense(const __grid_constant__ Table<DenseCommon, DensePart, N> table, const C* z) {
+    dense(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const C* z) {
   const DenseCommon& o = table.common;
   const DensePart& p = table.member_of(blockIdx.x);
   const int64_t begin = static_cast<int64_t>(blockIdx.x - p.first) * kDenseRows;
@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // o.lanes threads have W columns each, side by side, and kThreads / o.lanes rows are under way.
-template <class E, class C, int N, int W>
+template <class E, class C, int W>
 __global__ void __launch_bounds__(kThreads)
-    dense_sums(const __grid_constant__ Table<DenseCommon, DensePart, N> table, const Sums<C> s) {
+    dense_sums(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const Sums<C> s) {
   constexpr int kAtOnce = 8;  // rows summed in C before float64 takes over
   __shared__ C g[kDenseRows];
   __shared__ Total<C> parts[kThreads];
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * o.lanes + lane) * W, row = blockIdx.z;
   const E* basis = static_cast<const E*>(o.basis) + column;
   Total<C> total[W];
-  const int end = static_cast<int>(static_cast<int64_t>(table.items) * (blockIdx.y + 1) / s.groups);
-  for (int item = static_cast<int>(static_cast<int64_t>(table.items) * blockIdx.y / s.groups); item < end; item++) {
+  const int begin_item = static_cast<int>(blockIdx.y) * s.tiles, end = min(table.items, begin_item + s.tiles);
+  for (int item = begin_item; item < end; item++) {
     const DensePart& p = table.member_of(item);
     const int64_t begin = static_cast<int64_t>(item - p.first) * kDenseRows;
     const int n = static_cast<int>(min(p.count - begin, int64_t{kDenseRows}));
@@ -170,9 +170,8 @@ template <class E, class C>
 void launch_dense(const std::vector<DensePart>& parts, DenseCommon common, const C* z, cudaStream_t stream) {
   common.lanes = lanes_for(ceil_div<int64_t>(common.dim, kWide<E>), 32);
   const auto tiles = [](const DensePart& p) { return p.tiles(); };
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    const auto kernel = common.batch == 1 ? dense<E, C, kN, 1> : dense<E, C, kN, 4>;
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    const auto kernel = common.batch == 1 ? dense<E, C, 1> : dense<E, C, 4>;
     WX_LAUNCH(kernel, table.items, kThreads, stream, table, z);
   });
 }
@@ -184,13 +183,15 @@ Sums<C> launch_dense_sums(const std::vector<DensePart>& parts, DenseCommon commo
   const auto columns = static_cast<unsigned>(ceil_div<int64_t>(common.dim, int64_t{width} * common.lanes));
   auto sums = Sums<C>::of_columns(common.dim, data);
   const auto tiles = [](const DensePart& p) { return p.tiles(); };
-  const auto count = [&](int items) { return column_groups(items, common.dim); };
-  for_each_table(parts, common, tiles, [&](const auto& table) { sums.total_groups += count(table.items); });
+  const int most = most_column_groups(common.dim);
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    sums.cut(table.items, most);
+    sums.total_groups += sums.groups;
+  });
   if (!data) return sums;
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    sums.groups = count(table.items);
-    const auto kernel = common.wide ? dense_sums<E, C, kN, kWide<E>> : dense_sums<E, C, kN, 1>;
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    sums.cut(table.items, most);
+    const auto kernel = common.wide ? dense_sums<E, C, kWide<E>> : dense_sums<E, C, 1>;
     WX_LAUNCH(kernel, dim3(columns, sums.groups, common.batch), kThreads, stream, table, sums);
     sums.first_group += sums.groups;
   });

@@ -11,9 +11,9 @@ constexpr int kEntryBits = log2_of(kThreads) + 2;  // rows of a block: a thread 
 constexpr int kShortSum = 16;                      // numbers summed in dt before float64 takes over
 
 // A warp has 128 rows, which one draw has a sign for; of coins a draw has four. K of the batch share the draws.
-template <class T, int N, bool kCoins, int K>
+template <class T, bool kCoins, int K>
 __global__ void __launch_bounds__(kThreads)
-    entries(const __grid_constant__ Table<Common, Part<T>, N> table, const Compute<T>* z) {
+    entries(const __grid_constant__ Table<Common, Part<T>, kSomeMembers> table, const Compute<T>* z) {
   using C = Compute<T>;
   __shared__ Words words[kThreads];
   const Common& o = table.common;
@@ -58,17 +58,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A thread has a column; of g all threads read the same number at once.
-template <class T, int N, bool kCoins>
+template <class T, bool kCoins>
 __global__ void __launch_bounds__(kThreads)
-    entry_sums(const __grid_constant__ Table<Common, Part<T>, N> table, const Sums<Compute<T>> s) {
+    entry_sums(const __grid_constant__ Table<Common, Part<T>, kSomeMembers> table, const Sums<Compute<T>> s) {
   using C = Compute<T>;
   __shared__ C g[1 << kEntryBits];
   const Common& o = table.common;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = blockIdx.z;
   const uint32_t step = step_of(o.step);
   Total<C> total;
-  const int end = static_cast<int>(static_cast<int64_t>(table.items) * (blockIdx.y + 1) / s.groups);
-  for (int item = static_cast<int>(static_cast<int64_t>(table.items) * blockIdx.y / s.groups); item < end; item++) {
+  const int begin_item = static_cast<int>(blockIdx.y) * s.tiles, end = min(table.items, begin_item + s.tiles);
+  for (int item = begin_item; item < end; item++) {
     const Part<T>& p = table.member_of(item);
     const Tile tile(o, p, item - p.first);
     __syncthreads();
@@ -100,10 +100,9 @@ void launch_entries(const std::vector<Part<T>>& parts, Common common, bool coins
                     cudaStream_t stream) {
   common.bits = kEntryBits;
   const auto tiles = [](const Part<T>& p) { return p.tiles(kEntryBits); };
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    const auto kernel = common.batch == 1 ? (coins ? entries<T, kN, true, 1> : entries<T, kN, false, 1>)
-                                          : (coins ? entries<T, kN, true, 4> : entries<T, kN, false, 4>);
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    const auto kernel = common.batch == 1 ? (coins ? entries<T, true, 1> : entries<T, false, 1>)
+                                          : (coins ? entries<T, true, 4> : entries<T, false, 4>);
     WX_LAUNCH(kernel, table.items, kThreads, stream, table, z);
   });
 }
@@ -116,13 +115,15 @@ Sums<Compute<T>> launch_entry_sums(const std::vector<Part<T>>& parts, Common com
   const auto columns = static_cast<unsigned>(ceil_div<int64_t>(common.dim, threads));
   auto sums = Sums<Compute<T>>::of_columns(common.dim, data);
   const auto tiles = [](const Part<T>& p) { return p.tiles(kEntryBits); };
-  const auto count = [&](int items) { return column_groups(items, common.dim); };
-  for_each_table(parts, common, tiles, [&](const auto& table) { sums.total_groups += count(table.items); });
+  const int most = most_column_groups(common.dim);
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    sums.cut(table.items, most);
+    sums.total_groups += sums.groups;
+  });
   if (!data) return sums;
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    sums.groups = count(table.items);
-    const auto kernel = coins ? entry_sums<T, kN, true> : entry_sums<T, kN, false>;
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    sums.cut(table.items, most);
+    const auto kernel = coins ? entry_sums<T, true> : entry_sums<T, false>;
     WX_LAUNCH(kernel, dim3(columns, sums.groups, common.batch), threads, stream, table, sums);
     sums.first_group += sums.groups;
   });

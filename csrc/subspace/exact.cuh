@@ -15,6 +15,9 @@ namespace wx::gpu::sub {
 
 constexpr int kThreads = WX_SUB_THREADS;  // of a block, at the most
 constexpr int kWarps = kThreads / 32;
+// Blocks that a multiprocessor has at once, by their registers: enough to hide the latency of memory.
+template <class C>
+constexpr int kTogether = sizeof(C) == 8 ? 1 : 3;
 
 template <class T>
 __host__ __device__ constexpr T ceil_div(T x, T y) {
@@ -42,9 +45,14 @@ __device__ inline Words draw(Key key, Stream stream, int64_t pos, uint32_t colum
   return philox(key, static_cast<uint32_t>(pos), stream << 24 | static_cast<uint32_t>(pos >> 32), column, step);
 }
 
+// One of four words; an index at run time would put them into memory.
+__device__ inline uint32_t pick(const Words& w, int64_t i) {
+  return i & 2 ? (i & 1 ? w.at[3] : w.at[2]) : (i & 1 ? w.at[1] : w.at[0]);
+}
+
 // The word with the sign of element i.
 __device__ inline uint32_t sign_word(Key key, Stream stream, int64_t i, uint32_t step) {
-  return draw(key, stream, i >> 7, 0, step).at[i >> 5 & 3];
+  return pick(draw(key, stream, i >> 7, 0, step), i >> 5);
 }
 
 __device__ inline int coins(uint32_t word) { return 2 * __popc(word >> 1) - 31; }
@@ -78,13 +86,14 @@ struct Permutation {
   }
 };
 
-// f(table) for as many tables as the members take.
-template <class Common, class Member, class Items, class F>
+// f(table) for as many tables of N members as there must be.
+template <int N, class Common, class Member, class Items, class F>
 void for_each_table(const std::vector<Member>& members, const Common& common, const Items& items, const F& f) {
-  const auto run = [&](auto n, size_t begin, size_t end) {
-    Table<Common, Member, decltype(n)::value> table;
+  static_assert(sizeof(Table<Common, Member, N>) <= kArgumentBytes - 256);  // there are other arguments
+  for (size_t begin = 0; begin < members.size(); begin += N) {
+    Table<Common, Member, N> table;
     table.common = common;
-    table.count = static_cast<int>(end - begin);
+    table.count = static_cast<int>(std::min(members.size() - begin, size_t{N}));
     table.items = 0;
     for (int i = 0; i < table.count; i++) {
       table.at[i] = members[begin + i];
@@ -92,13 +101,10 @@ void for_each_table(const std::vector<Member>& members, const Common& common, co
       table.items += static_cast<int>(items(members[begin + i]));
     }
     f(table);
-  };
-  constexpr size_t kMost = kManyMembers<Common, Member> - 256 / sizeof(Member) - 1;  // there are others
-  static_assert(sizeof(Table<Common, Member, kMost>) <= kArgumentBytes - 256);
-  if (members.size() <= kFewMembers) return run(std::integral_constant<int, kFewMembers>{}, 0, members.size());
-  for (size_t i = 0; i < members.size(); i += kMost)
-    run(std::integral_constant<int, static_cast<int>(kMost)>{}, i, std::min(i + kMost, members.size()));
+  }
 }
+
+constexpr int kSomeMembers = 48;  // of a launch where the table hardly matters
 
 // Before a launch with so much dynamic shared memory.
 template <class K>

@@ -31,7 +31,7 @@ struct Fastfood {
   template <class C>
   __device__ C diagonal(C x, int64_t i) const {
     if (!coins) return flip(x, sign_word(key, kFastG, i, step_of(step)), i & 31);
-    return mul(C(sub::coins(draw(key, kFastG, i >> 2, 1, step_of(step)).at[i & 3])), x);
+    return mul(C(sub::coins(pick(draw(key, kFastG, i >> 2, 1, step_of(step)), i))), x);
   }
 };
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
     x[places(j)] = i < count ? from.read(i, words[From::kSigns ? j >> 5 : 0]) : V(0);
   }
   __syncthreads();
-  hadamard(x, kFastBits, pass.from, pass.to, 1 << kFastBits, [&](V(&v)[kPerThread], int, int place, int shift) {
+  hadamard(x, kFastBits, pass.from, pass.to, 1 << kFastBits, [&](V(&v)[kPerThread], int place, int shift) {
 #pragma unroll
     for (int k = 0; k < kPerThread; k++)
       if (const int64_t i = pass.index(block, place + (k << shift)); i < count) to.write(i, v[k]);
@@ -130,9 +130,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // y = theta - theta0 of all tensors, from the concatenation; or the concatenation from the gradients.
-template <class T, int N, bool kForward>
+template <class T, bool kForward>
 __global__ void __launch_bounds__(kThreads)
-    concatenation(const __grid_constant__ Table<Common, Part<T>, N> table, Compute<T>* whole, const int64_t row) {
+    concatenation(const __grid_constant__ Table<Common, Part<T>, kSomeMembers> table, Compute<T>* whole,
+                  const int64_t row) {
   const Common& o = table.common;
   const Part<T>& p = table.member_of(blockIdx.x);
   const Tile tile(o, p, blockIdx.x - p.first);
@@ -171,7 +172,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (k >= f.dim) return;
   Total<C> total;
-  for (int64_t i = parts * blockIdx.y / s.groups; i < parts * (blockIdx.y + 1) / s.groups; i++) {
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * s.tiles, end = min(parts, first + s.tiles);
+  for (int64_t i = first; i < end; i++) {
     const int64_t sign = f.stacked ? (i << f.n_bits) + k : k;
     const uint32_t word = sign_word(f.key, kFastB, sign, step_of(f.step));
     total.add(flip(rows[(i << f.n_bits) + k], word, static_cast<int>(sign & 31)));
@@ -216,9 +218,8 @@ void launch_concatenation(const std::vector<Part<T>>& parts, Common common, Comp
                           cudaStream_t stream) {
   common.bits = kEntryBits;
   const auto tiles = [](const Part<T>& p) { return p.tiles(kEntryBits); };
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    WX_LAUNCH((concatenation<T, kN, kForward>), table.items, kThreads, stream, table, whole, row);
+  for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
+    WX_LAUNCH((concatenation<T, kForward>), table.items, kThreads, stream, table, whole, row);
   });
 }
 
@@ -240,7 +241,8 @@ Sums<double> launch_fastfood_sums(const std::vector<Part<T>>& parts, const Commo
                                   Compute<T>* whole, double* sums, double* data, cudaStream_t stream) {
   using C = Compute<T>;
   auto groups = Sums<double>::of_columns(f.n(), data);
-  groups.groups = groups.total_groups = column_groups(static_cast<int>(f.parts()), f.n());
+  groups.cut(static_cast<int>(f.parts()), most_column_groups(f.n()));
+  groups.total_groups = groups.groups;
   if (!data) return groups;
   const int64_t count = f.parts() << f.n_bits;
   for (int64_t b = 0; b < common.batch; b++) {

@@ -33,35 +33,54 @@ __device__ void butterflies(C (&v)[kPerThread], int place, int shift, int from, 
   }
 }
 
+// One pass: up to four stages from `stage` on, kPerThread numbers of each thread at a time.
+template <class C, class Sink>
+__device__ void hadamard_stages(C* x, int bits, int stage, int to, int length, const Sink& sink) {
+  const Places places(bits);
+  const bool last = stage + 4 >= to;
+  const int shift = last && to == bits ? bits - 4 : min(stage, bits - 4), step = places.step(shift);
+  for (int q = threadIdx.x; q < 1 << (bits - 4); q += blockDim.x) {
+    const int place = (q & ((1 << shift) - 1)) + (q >> shift << (shift + 4));
+    C* at = x + places(place);
+    C v[kPerThread];
+#pragma unroll
+    for (int k = 0; k < kPerThread; k++) v[k] = at[k * step];
+    if (length == 1 << bits)
+      butterflies<true>(v, place, shift, stage, to, length);
+    else
+      butterflies<false>(v, place, shift, stage, to, length);
+    if (last) {
+      sink(v, place, shift);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPerThread; k++) at[k * step] = v[k];
+    }
+  }
+}
+
 // The stages h = 2^from, ..., 2^(to - 1) of the 2^bits numbers in `x`, each block of the `length` first by itself.
-// sink(v, q, place, shift) gets the results, kPerThread at a time, v[k] being element place + k 2^shift. In the last
-// pass the bits that a thread holds are the highest, so that neighbours hold neighbours. A barrier comes before.
+// sink(v, place, shift) gets the results, kPerThread at a time, v[k] being element place + k 2^shift. In the last pass
+// the bits that a thread holds are the highest, so that neighbours hold neighbours. A barrier comes before.
 template <class C, class Sink>
 __device__ void hadamard(C* x, int bits, int from, int to, int length, const Sink& sink) {
-  const Places places(bits);
-  const bool full = length == 1 << bits;
   for (int stage = from;; stage += 4) {
-    const bool last = stage + 4 >= to;
-    const int shift = last && to == bits ? bits - 4 : min(stage, bits - 4), step = places.step(shift);
-    for (int q = threadIdx.x; q < 1 << (bits - 4); q += blockDim.x) {
-      const int place = (q & ((1 << shift) - 1)) + (q >> shift << (shift + 4));
-      C* at = x + places(place);
-      C v[kPerThread];
-#pragma unroll
-      for (int k = 0; k < kPerThread; k++) v[k] = at[k * step];
-      if (full)
-        butterflies<true>(v, place, shift, stage, to, length);
-      else
-        butterflies<false>(v, place, shift, stage, to, length);
-      if (last) {
-        sink(v, q, place, shift);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kPerThread; k++) at[k * step] = v[k];
-      }
-    }
-    if (last) return;
+    hadamard_stages(x, bits, stage, to, length, sink);
+    if (stage + 4 >= to) return;
     __syncthreads();
+  }
+}
+
+// All stages of a tile; kBits, where it is not 0, are its bits: then all places are known to the compiler.
+template <int kBits, class C, class Sink>
+__device__ void hadamard(C* x, int bits, int length, const Sink& sink) {
+  if constexpr (kBits == 0) {
+    hadamard(x, bits, 0, bits, length, sink);
+  } else {
+#pragma unroll
+    for (int stage = 0; stage < kBits; stage += 4) {
+      if (stage) __syncthreads();
+      hadamard_stages(x, kBits, stage, kBits, length, sink);
+    }
   }
 }
 

@@ -13,8 +13,8 @@ constexpr int kSumBytes = WX_SUB_SUM_BYTES;  // of shared memory for a block: th
 constexpr int kSumBlocks = 384;              // three on each of about 128 multiprocessors
 
 // Groups of the kinds that leave one number for each column: at most 64 MiB of float32, about.
-inline int column_groups(int items, int64_t dim) {
-  return min(items, static_cast<int>(max(int64_t{16}, min(int64_t{1024}, (int64_t{1} << 24) / dim))));
+inline int most_column_groups(int64_t dim) {
+  return static_cast<int>(max(int64_t{16}, min(int64_t{1024}, (int64_t{1} << 24) / dim)));
 }
 
 // A window that begins in the columns [range width, (range + 1) width) of zx is added by the block of that range: each
@@ -24,6 +24,7 @@ template <class C>
 struct Sums {
   C* data;
   int groups, first_group, total_groups;  // of this launch, and of all
+  int tiles;                              // of a group, in this launch
   int ranges;
   int64_t width, places, stored;
   bool on_chip, folded;  // folded: one range, and of each column one number is stored
@@ -53,10 +54,15 @@ struct Sums {
     s.folded = true;
     return s;
   }
-  // Enough blocks for the device; but a group has as many elements as accumulators, about.
-  __host__ int groups_for(const Common& o, int64_t tiles, int blocks) const {
+  // Enough blocks for the device; but a group has half as many elements as accumulators, about.
+  __host__ int most_groups(const Common& o, int64_t items, int blocks) const {
     const int64_t least = 1 + (places >> (o.bits + 1)), most = on_chip ? max(1, blocks / ranges) : 256;
-    return static_cast<int>(min(ceil_div(tiles, least), static_cast<int64_t>(most)));
+    return static_cast<int>(min(ceil_div(items, least), most));
+  }
+  // The groups of a launch.
+  __host__ void cut(int items, int most) {
+    tiles = ceil_div(items, min(items, most));
+    groups = ceil_div(items, tiles);
   }
   __device__ C* slice(int group, int range, int64_t row) const {
     return data + ((row * total_groups + first_group + group) * ranges + range) * stored;

@@ -6,6 +6,7 @@
 namespace wx::gpu::sub {
 
 constexpr int kMaxBits = 14;           // of a tile
+constexpr int kUsualBits = 12;         // kernels that know it have their places as constants
 constexpr int kPerThread = 16;         // numbers that a thread holds at once
 constexpr int kStaticBytes = 6 << 10;  // of shared memory, at the most
 
@@ -124,22 +125,35 @@ __device__ void draw_tile(const Common& o, const Part<T>& p, const Tile& tile, i
   to.blocks[level] = b;
 }
 
-// The elements q, q + n, q + 2n, ... of a tile of kPerThread n, as they lie in memory. Those of others count as zero.
-template <class T>
+// f(table, bits): as few tables as possible, a small one for a short list; and the bits of a tile where they are the
+// usual ones, else 0.
+template <class T, class Items, class F>
+void for_each_tile_table(const std::vector<Part<T>>& parts, const Common& o, const Items& tiles, const F& f) {
+  constexpr int kMost = kManyMembers<Common, Part<T>> - 256 / static_cast<int>(sizeof(Part<T>)) - 1;
+  constexpr std::integral_constant<int, kUsualBits> usual{};
+  if (o.bits != usual)
+    return for_each_table<kMost>(parts, o, tiles, [&](const auto& t) { f(t, std::integral_constant<int, 0>{}); });
+  if (parts.size() <= kFewMembers)
+    return for_each_table<kFewMembers>(parts, o, tiles, [&](const auto& t) { f(t, usual); });
+  for_each_table<kMost>(parts, o, tiles, [&](const auto& t) { f(t, usual); });
+}
+
+// The elements q, q + n, ..., q + (P - 1) n of a tile, as they lie in memory. Those of others count as zero.
+template <class T, int P>
 struct Held {
-  T at[kPerThread];
+  T at[P];
 
   __device__ void load(const Part<T>& p, const Tile& tile, int64_t row, int q, int n) {
-    const T* from = p.from + (p.same ? 0 : tile.at + row * p.count);
-    const int mask = p.same ? 0 : -1;
+    const T* from = p.from + (p.same ? 0 : tile.at + row * p.count + q);
+    const int step = p.same ? 0 : n;
     if (tile.mine) {
 #pragma unroll
-      for (int k = 0; k < kPerThread; k++) at[k] = from[(q + k * n) & mask];
+      for (int k = 0; k < P; k++) at[k] = from[k * step];
     } else {
 #pragma unroll
-      for (int k = 0; k < kPerThread; k++)
+      for (int k = 0; k < P; k++)
         if (tile.has(q + k * n))
-          at[k] = from[(q + k * n) & mask];
+          at[k] = from[k * step];
         else
           narrow(Compute<T>(0), at[k]);
     }

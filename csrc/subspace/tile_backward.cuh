@@ -11,8 +11,8 @@ class Walk {
  public:
   __device__ Walk(const Table<Common, Part<T>, N>& table, const Sums<Compute<T>>& s, int group, int range)
       : table_(table), low_(range * s.width), high_(low_ + s.width), all_(s.ranges == 1) {
-    next_ = static_cast<int>(static_cast<int64_t>(table.items) * group / s.groups);
-    end_ = static_cast<int>(static_cast<int64_t>(table.items) * (group + 1) / s.groups);
+    next_ = group * s.tiles;
+    end_ = min(table.items, next_ + s.tiles);
     base_ = next_ - static_cast<int>(blockDim.x);
   }
 
@@ -103,8 +103,8 @@ __device__ void fold(const Common& o, const C* acc, C* to) {
   }
 }
 
-template <class T, int N, bool kHadamard>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int N, int kBits, bool kHadamard>
+__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
     tile_sums(const __grid_constant__ Table<Common, Part<T>, N> table, const Sums<Compute<T>> s) {
   using C = Compute<T>;
   WX_DYNAMIC_SHARED(raw);
@@ -112,17 +112,18 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint32_t in[1 << (kMaxBits - 5)], out[kHadamard ? 1 << (kMaxBits - 5) : 1];
   const Common& o = table.common;
   const Drawn drawn{blocks, in, out};
-  const Places places(kHadamard ? o.bits : 0);
-  const int n = o.tile() / kPerThread, own = threadIdx.x, row = blockIdx.y;
+  const int bits = kBits ? kBits : o.bits, n = (1 << bits) / kPerThread, own = threadIdx.x;
+  const Places places(kHadamard ? bits : 0);
   const int group = static_cast<int>(blockIdx.x) / s.ranges, range = static_cast<int>(blockIdx.x) % s.ranges;
+  const int row = blockIdx.y;
   C* x = reinterpret_cast<C*>(raw);
   C* slice = s.slice(group, range, row);
-  C* acc = s.on_chip ? x + Places::count(o.bits) : slice;
+  C* acc = s.on_chip ? x + Places::count(bits) : slice;
   const int64_t low = range * s.width;
   for (int64_t i = threadIdx.x; i < s.places; i += blockDim.x) acc[i] = 0;
 
   Walk<T, N> walk(table, s, group, range);
-  Held<T> held;  // of the next tile, under way while this one is worked on
+  Held<T, kPerThread> held;  // of the next tile, under way while this one is worked on
   const auto load = [&](int item) {
     if (item < 0 || own >= n) return;
     const Part<T>& p = table.member_of(item);
@@ -133,34 +134,33 @@ __global__ void __launch_bounds__(kThreads)
   while (item >= 0) {
     const Part<T>& p = table.member_of(item);
     const Tile tile(o, p, item - p.first);
-    const C factor = kHadamard ? scaled(p.factor, o.bits) : p.factor;
     const int next = walk.next();
     for (int r = 0; r < o.strata; r++) {
       draw_tile(o, p, tile, r, true, drawn);
       __syncthreads();
+      const C factor = kHadamard ? scaled(p.factor, bits) : p.factor;
       for (int q = own; q < n; q += blockDim.x) {
-        Held<T> g = held;
-        if (q != own) g.load(p, tile, row, q, n);
+        if (q != own) held.load(p, tile, row, q, n);
 #pragma unroll
         for (int k = 0; k < kPerThread; k++) {
           const int j = q + k * n;
           const C by = kHadamard && !tile.full ? scaled(p.factor, j < tile.length ? tile.level(j) : 0) : factor;
-          x[places(j)] = flip(mul(widen(g.at[k]), by), (kHadamard ? out : in)[j >> 5], j & 31);
+          x[places(j)] = flip(mul(widen(held.at[k]), by), (kHadamard ? out : in)[j >> 5], j & 31);
         }
       }
-      if (r == o.strata - 1) load(next);
+      load(r + 1 < o.strata ? (n > static_cast<int>(blockDim.x) ? item : -1) : next);
       __syncthreads();
       if constexpr (kHadamard) {
-        C* to = acc + (tile.full ? blocks[o.bits].at - low : 0);
-        hadamard(x, o.bits, 0, o.bits, tile.length, [&](C(&v)[kPerThread], int q, int, int) {
+        C* to = acc + (tile.full ? blocks[bits].at - low : 0);
+        hadamard<kBits>(x, bits, tile.length, [&](C(&v)[kPerThread], int q, int) {
 #pragma unroll
-          for (int k = 0; k < kPerThread; k++) {
-            const int j = q + k * n;
-            v[k] = flip(v[k], drawn.sign_in(j), j & 31);
-            if (tile.full)
-              to[j] = add(to[j], v[k]);
-            else
-              x[places(j)] = v[k];
+          for (int k = 0; k < kPerThread; k++) v[k] = flip(v[k], drawn.sign_in(q + k * n), (q + k * n) & 31);
+          if (tile.full) {
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) to[q + k * n] = add(to[q + k * n], v[k]);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) x[places(q + k * n)] = v[k];
           }
         });
         if (!tile.full) {
@@ -198,17 +198,18 @@ Sums<Compute<T>> launch_tile_sums(const std::vector<Part<T>>& parts, const Commo
   const int threads = tile_threads(common.bits);
   Sums<C> sums = Sums<C>::of(common, sum_room<C>(common));
   const int shared = static_cast<int>((Places::count(common.bits) + (sums.on_chip ? sums.places : 0)) * sizeof(C));
-  const auto count = [&](int64_t tiles) {
-    return sums.groups_for(common, tiles, kSumBlocks * min(3, kThreads / threads));
-  };
+  const auto most = [&](int items) { return sums.most_groups(common, items, kSumBlocks * min(3, kThreads / threads)); };
   const auto tiles = [&](const Part<T>& p) { return p.tiles(common.bits); };
-  for_each_table(parts, common, tiles, [&](const auto& table) { sums.total_groups += count(table.items); });
+  for_each_tile_table(parts, common, tiles, [&](const auto& table, auto) {
+    sums.cut(table.items, most(table.items));
+    sums.total_groups += sums.groups;
+  });
   sums.data = data;
   if (!data) return sums;
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    sums.groups = count(table.items);
-    const auto kernel = common.permuted ? tile_sums<T, kN, false> : tile_sums<T, kN, true>;
+  for_each_tile_table(parts, common, tiles, [&](const auto& table, auto bits) {
+    constexpr int kN = std::decay_t<decltype(table)>::kMembers, kBits = decltype(bits)::value;
+    sums.cut(table.items, most(table.items));
+    const auto kernel = common.permuted ? tile_sums<T, kN, kBits, false> : tile_sums<T, kN, kBits, true>;
     allow_shared(kernel, threads, shared);
     WX_LAUNCH_SHARED(kernel, dim3(sums.groups * sums.ranges, common.batch), threads, shared, stream, table, sums);
     sums.first_group += sums.groups;

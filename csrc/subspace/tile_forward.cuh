@@ -39,38 +39,45 @@ __device__ inline double scaled(double factor, int level) {
 }
 
 // The columns of zx that a tile reads, signed or not, to where their places in the tile are.
-template <class C>
-__device__ void fill(C* x, const C* zx, const Tile& tile, const Drawn& drawn, const Places& places, int n, bool sign) {
+template <bool kSigned, class C>
+__device__ void fill(C* x, const C* zx, const Tile& tile, const Drawn& drawn, const Places& places, int bits) {
+  const int n = (1 << bits) / kPerThread;
+  const C* from = zx + (tile.full ? drawn.blocks[bits].at : 0);
   for (int q = threadIdx.x; q < n; q += blockDim.x) {
     C value[kPerThread];
+    if (tile.full) {
 #pragma unroll
-    for (int k = 0; k < kPerThread; k++) {
-      const int j = q + k * n;
-      value[k] = j < tile.length ? zx[drawn.blocks[tile.level(j)].at + j] : C(0);
+      for (int k = 0; k < kPerThread; k++) value[k] = from[q + k * n];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPerThread; k++) {
+        const int j = q + k * n;
+        value[k] = j < tile.length ? from[drawn.blocks[tile.level(j)].at + j] : C(0);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kPerThread; k++) {
       const int j = q + k * n;
-      x[places(j)] = sign ? flip(value[k], drawn.sign_in(j), j & 31) : value[k];
+      x[places(j)] = kSigned ? flip(value[k], drawn.sign_in(j), j & 31) : value[k];
     }
   }
 }
 
-// theta = fl(theta0 + y) for the elements that a thread holds.
-template <class T>
-__device__ void write(const Part<T>& p, const Tile& tile, int row, const Held<T>& theta0,
-                      const Compute<T> (&y)[kPerThread], int q, int n) {
-  T* to = p.to + tile.at + row * p.count;
+// theta = fl(theta0 + y) for the elements q, q + n, ... of a tile.
+template <class T, int P>
+__device__ void write(const Part<T>& p, const Tile& tile, int row, const Held<T, P>& theta0, const Compute<T> (&y)[P],
+                      int q, int n) {
+  T* to = p.to + tile.at + row * p.count + q;
 #pragma unroll
-  for (int k = 0; k < kPerThread; k++) {
+  for (int k = 0; k < P; k++) {
     T theta;
     narrow(add(widen(theta0.at[k]), y[k]), theta);
-    if (tile.has(q + k * n)) to[q + k * n] = theta;
+    if (tile.mine || tile.has(q + k * n)) to[k * n] = theta;
   }
 }
 
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int N, int kBits>
+__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
     block_hadamard(const __grid_constant__ Table<Common, Part<T>, N> table, const Compute<T>* zx) {
   using C = Compute<T>;
   WX_DYNAMIC_SHARED(raw);
@@ -81,36 +88,37 @@ __global__ void __launch_bounds__(kThreads)
   const Part<T>& p = table.member_of(blockIdx.x);
   const Tile tile(o, p, blockIdx.x - p.first);
   const Drawn drawn{blocks, in, out};
-  const Places places(o.bits);
-  const int n = o.tile() / kPerThread, own = threadIdx.x;
-  const C factor = scaled(p.factor, o.bits);
+  const int bits = kBits ? kBits : o.bits, n = (1 << bits) / kPerThread, own = threadIdx.x;
+  const Places places(bits);
 
-  Held<T> theta0;
+  Held<T, kPerThread> theta0;  // under way while the columns are transformed
   if (own < n) theta0.load(p, tile, 0, own, n);
   draw_tile(o, p, tile, 0, false, drawn);
   for (int b = 0; b < o.batch; b++) {
     __syncthreads();
-    fill(x, zx + b * o.unrolled(), tile, drawn, places, n, true);
+    fill<true>(x, zx + b * o.unrolled(), tile, drawn, places, bits);
     __syncthreads();
-    hadamard(x, o.bits, 0, o.bits, tile.length, [&](C(&v)[kPerThread], int q, int, int) {
+    hadamard<kBits>(x, bits, tile.length, [&](C(&v)[kPerThread], int q, int) {
+      const C factor = scaled(p.factor, bits);
 #pragma unroll
       for (int k = 0; k < kPerThread; k++) {
         const int j = q + k * n;
-        v[k] = mul(v[k], tile.full ? factor : scaled(p.factor, tile.level(j)));
-        v[k] = flip(v[k], drawn.sign_out(j), j & 31);
+        const C by = tile.full ? factor : scaled(p.factor, j < tile.length ? tile.level(j) : 0);
+        v[k] = flip(mul(v[k], by), drawn.sign_out(j), j & 31);
       }
       write(p, tile, b, theta0, v, q, n);
-      const int next = q + blockDim.x;  // of a large tile, or again the first for the next of the batch
+      const int next = q + static_cast<int>(blockDim.x);  // of a large tile, or its first for the next of the batch
       if (next < n || n > static_cast<int>(blockDim.x)) theta0.load(p, tile, 0, next < n ? next : own, n);
     });
   }
 }
 
 // one_hot: the permuted columns of the tile. sparse: their sum over strata.
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int N, int kBits>
+__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
     one_hot(const __grid_constant__ Table<Common, Part<T>, N> table, const Compute<T>* zx) {
   using C = Compute<T>;
+  constexpr int P = kPerThread / 2;
   WX_DYNAMIC_SHARED(raw);
   __shared__ Block blocks[kMaxBits + 1];
   __shared__ uint32_t in[1 << (kMaxBits - 5)];
@@ -119,15 +127,15 @@ __global__ void __launch_bounds__(kThreads)
   const Part<T>& p = table.member_of(blockIdx.x);
   const Tile tile(o, p, blockIdx.x - p.first);
   const Drawn drawn{blocks, in, nullptr};
+  const int bits = kBits ? kBits : o.bits, n = (1 << bits) / P;
   const Places places(0);
-  const int n = o.tile() / kPerThread;
   bool first = true;
   for (int b = 0; b < o.batch; b++) {
     for (int begin = 0; begin < n; begin += blockDim.x) {
       const int q = begin + threadIdx.x;
-      Held<T> theta0;
+      Held<T, P> theta0;
       if (q < n) theta0.load(p, tile, 0, q, n);
-      C y[kPerThread];
+      C y[P];
       for (int r = 0; r < o.strata; r++) {
         if (first || o.strata > 1) {
           __syncthreads();
@@ -136,26 +144,28 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (begin == 0 || o.strata > 1) {
           __syncthreads();
-          fill(x, zx + b * o.unrolled(), tile, drawn, places, n, false);
+          fill<false>(x, zx + b * o.unrolled(), tile, drawn, places, bits);
           __syncthreads();
         }
         if (q >= n) continue;
+        const Permutation whole = blocks[bits].permutation;  // of a full tile
 #pragma unroll
-        for (int k = 0; k < kPerThread; k++) {
+        for (int k = 0; k < P; k++) {
           const int j = q + k * n;
-          if (j >= tile.length) {
-            y[k] = 0;
-            continue;
+          C value = 0;
+          if (tile.full) {
+            value = x[whole(j, bits)];
+          } else if (j < tile.length) {
+            const int level = tile.level(j), within = (1 << level) - 1;
+            value = x[(j & ~within) + static_cast<int>(blocks[level].permutation(j & within, level))];
           }
-          const int level = tile.level(j), within = (1 << level) - 1;
-          const int from = (j & ~within) + static_cast<int>(blocks[level].permutation(j & within, level));
-          const C value = flip(x[from], drawn.sign_in(j), j & 31);
+          value = flip(value, drawn.sign_in(j), j & 31);
           y[k] = r ? add(y[k], value) : value;
         }
       }
       if (q >= n) continue;
 #pragma unroll
-      for (int k = 0; k < kPerThread; k++) y[k] = mul(y[k], p.factor);
+      for (int k = 0; k < P; k++) y[k] = mul(y[k], p.factor);
       write(p, tile, b, theta0, y, q, n);
     }
   }
@@ -169,9 +179,9 @@ void launch_theta(const std::vector<Part<T>>& parts, const Common& common, const
   WX_LAUNCH(unroll<C>, blocks, kThreads, stream, z, c, zx, common);
   const int threads = tile_threads(common.bits), shared = static_cast<int>(Places::count(common.bits) * sizeof(C));
   const auto tiles = [&](const Part<T>& p) { return p.tiles(common.bits); };
-  for_each_table(parts, common, tiles, [&](const auto& table) {
-    constexpr int kN = std::decay_t<decltype(table)>::kMembers;
-    const auto kernel = common.permuted ? one_hot<T, kN> : block_hadamard<T, kN>;
+  for_each_tile_table(parts, common, tiles, [&](const auto& table, auto bits) {
+    constexpr int kN = std::decay_t<decltype(table)>::kMembers, kBits = decltype(bits)::value;
+    const auto kernel = common.permuted ? one_hot<T, kN, kBits> : block_hadamard<T, kN, kBits>;
     allow_shared(kernel, threads, shared);
     WX_LAUNCH_SHARED(kernel, table.items, threads, shared, stream, table, zx);
   });

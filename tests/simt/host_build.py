@@ -33,7 +33,9 @@ WARNINGS = ("-Wno-deprecated-declarations", "-Wall", "-Wextra", "-Wno-unknown-pr
 FIXED_ADDRESSES = ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"]).returncode == 0 else []
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = "-fsanitize=thread"
-SMALL = (RACES, "-DWX_SN_THREADS=64", "-DWX_SN_TILE_BYTES=4096")  # it keeps about 200 threads apart
+# The race check keeps about 200 threads apart: small blocks, and so little shared memory that sums take every way.
+SMALL_BLOCKS = ("-DWX_SN_THREADS=64", "-DWX_SN_TILE_BYTES=4096", "-DWX_SUB_THREADS=64", "-DWX_SUB_SUM_BYTES=24576")
+SMALL = (RACES, *SMALL_BLOCKS)
 
 _library = torch.library.Library("weightxform_simt", "FRAGMENT")
 
