@@ -168,13 +168,13 @@ class Subspace(nn.Module):
         structure: str,
         bucket_bytes: int = 25 * 2**20,
     ) -> None:
-        maps = _maps(chosen, dim, projection, seed, normalize, structure)
         transforms = [ProjectedWeight(self, k) for k in range(len(chosen))]
         for member, transform in zip(chosen, transforms, strict=True):
             for module, name in member.places:
                 if name in slots_of(module):
                     raise ValueError(f"Subspace: {member.name} is computed already; exclude it, or wx.bake it first")
                 refuse(module, name, member.parameter, transform)
+        maps = _maps(chosen, dim, projection, seed, normalize, structure)
         for k, member in enumerate(chosen):  # here and not in a graph that torch.compile makes
             maps[k if len(maps) > 1 else 0].tables(member.parameter, None)
 

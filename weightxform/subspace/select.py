@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..numerics import FLOAT_DTYPES
 from ..transform import describe
@@ -58,7 +59,8 @@ def choose(
     members = members_of(model)
     patterns = {"include": include, "exclude": exclude, "extra_trainable": extra_trainable}
     for argument, given in patterns.items():
-        if isinstance(given, str) or (given is not None and not all(isinstance(p, str) for p in given)):
+        listed = given is None or (isinstance(given, Iterable) and not isinstance(given, str))
+        if not listed or not all(isinstance(p, str) for p in given or ()):
             raise TypeError(f"{owner}: {argument} must be a list of patterns, got {given!r}")
         for pattern in given or ():
             if not any(m.matches(pattern) for m in members):
@@ -78,7 +80,9 @@ def choose(
     beside = {m.name for m in extra}
     chosen = []
     for member in members:
-        if member.name in beside or matched(member, exclude) or not member.parameter.numel():
+        if member.name in beside or matched(member, exclude):
+            continue
+        if not is_lazy(member.parameter) and not member.parameter.numel():
             continue
         if include is None:
             if member.parameter.requires_grad:
@@ -87,6 +91,13 @@ def choose(
         elif matched(member, include):
             _require_trainable(owner, "include", member)
             chosen.append(member)
+    names = [m.name for m in members]
+    double = [m.name for m in (*chosen, *extra) if names.count(m.name) > 1]
+    if double:
+        raise ValueError(
+            f"{owner}: {double[0]} is the name of two parameters, without what DDP, FSDP and torch.compile put in it; "
+            "rename the module of one"
+        )
     if not chosen:
         raise ValueError(f"{owner}: no parameter is selected; frozen ones take part only after requires_grad_()")
     devices = {m.parameter.device for m in chosen}
