@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require_choice, require_int
+from ..transform import require_float
 from .plan import plain_name
 from .projections import NORMALIZE, Projection, projection_of
 from .select import Member, choose, initial_sigmas
@@ -75,8 +76,19 @@ class SubspaceProjection:
         """P' g, [dim], of gradients by the name of their parameter; one that is missing counts as zero.
 
         float64 if one of them is, else float32.
+
+        Raises:
+            ValueError: no gradient, one of another name or shape.
+            TypeError: one that is no dense tensor of a float dtype.
         """
         rows = {name: k for k, name in enumerate(self._map.names)}
+        shapes = {m.name: m.parameter.shape for m in self.members}
+        for name, g in gradients.items():
+            if name not in rows:
+                raise ValueError(f"SubspaceProjection: gradients must be of its parameters, there is no {name!r}")
+            require_float("SubspaceProjection", name, g)
+            if g.shape != shapes[name]:
+                raise ValueError(f"SubspaceProjection: {name} must be {list(shapes[name])}, got {list(g.shape)}")
         parts = []
         for group in _alike(gradients):
             tensors = [gradients[name] for name in group]
@@ -106,7 +118,7 @@ def project_gradients(parameters: Parameters | None, projection: SubspaceProject
     Args:
         parameters: the model or parameters that ``projection`` was made for; ``None``: those that it holds itself.
         projection: P. A parameter that it does not know keeps its gradient; one without a gradient counts as zero and
-            keeps none.
+            keeps none; a sparse gradient becomes dense.
 
     Returns:
         P' g, [dim]: the gradient in the coordinates.
@@ -126,6 +138,9 @@ def project_gradients(parameters: Parameters | None, projection: SubspaceProject
         if missing:
             raise ValueError(f"project_gradients: parameters must be those of the projection; {missing[0]} is missing")
         members = [m._replace(parameter=there[m.name]) for m in members]
+    for m in members:  # P P'g is dense
+        if m.parameter.grad is not None and m.parameter.grad.layout != torch.strided:
+            m.parameter.grad = m.parameter.grad.to_dense()
     gradients: dict[str, Tensor] = {m.name: m.parameter.grad for m in members if m.parameter.grad is not None}
     if not gradients:
         raise ValueError("project_gradients: no parameter of the projection has a gradient; call backward() first")
