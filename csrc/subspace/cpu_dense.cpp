@@ -5,62 +5,84 @@
 namespace wx::sub {
 namespace {
 
-constexpr int kRows = 4, kLanes = 16;
+constexpr int kRows = 4;
 
 template <class C, class E>
 WX_INLINE C entry(E e) {
   return static_cast<C>(widen(e));
 }
 
-// out[i] = <rows_i, z>, i < count <= 4.
+// How far ahead in E to ask, in entries: in the row itself, or in the next four where rows are short.
+template <class E>
+WX_INLINE int64_t distance(int64_t d) {
+  constexpr int64_t kNear = 1024 / sizeof(E);
+  return d >= 2 * kNear ? kNear : kRows * d;
+}
+
+// out_i = <rows_i, z>, i < count; 16 sums for each (8 in float64), whatever the width of vectors.
 template <class C, class E>
 struct Products {
   template <int Bytes>
   WX_INLINE static void body(const E* rows, int64_t count, const C* z, int64_t d, C* out) {
-    const E* row[kRows];
-    for (int i = 0; i < kRows; i++) row[i] = rows + std::min<int64_t>(i, count - 1) * d;
-    C sum[kRows][kLanes] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= d; j += kLanes)
-      for (int i = 0; i < kRows; i++) {
-        __builtin_prefetch(row[i] + j + 1024 / sizeof(E));
-        for (int l = 0; l < kLanes; l++) sum[i][l] += entry<C>(row[i][j + l]) * z[j + l];
+    using P = Packs<C, Bytes>;
+    constexpr int kParts = 64 / Bytes, kStep = kParts * P::N;
+    for (int64_t first = 0; first < count; first += kRows) {
+      const E* row[kRows];
+      for (int i = 0; i < kRows; i++) row[i] = rows + std::min(first + i, count - 1) * d;
+      typename P::F sum[kRows][kParts] = {}, x, e;
+      int64_t j = 0;
+      for (; j + kStep <= d; j += kStep) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; part++) {
+          get(x, z + j + part * P::N);
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; i++) {
+            if (part == 0) __builtin_prefetch(row[i] + j + distance<E>(d), 0, 3);
+            get_as<C, Bytes>(e, row[i] + j + part * P::N);
+            sum[i][part] = sum[i][part] + e * x;
+          }
+        }
       }
-    for (int i = 0; i < count; i++) {
-      for (int h = kLanes / 2; h > 0; h /= 2)
-        for (int l = 0; l < h; l++) sum[i][l] += sum[i][l + h];
-      for (int64_t k = j; k < d; k++) sum[i][0] += entry<C>(row[i][k]) * z[k];
-      out[i] = sum[i][0];
+      for (int i = 0; i < kRows && first + i < count; i++) {
+        alignas(64) C lanes[kStep];
+        for (int part = 0; part < kParts; part++) put(lanes + part * P::N, sum[i][part]);
+        for (int h = kStep / 2; h > 0; h /= 2)
+          for (int l = 0; l < h; l++) lanes[l] += lanes[l + h];
+        for (int64_t k = j; k < d; k++) lanes[0] += entry<C>(row[i][k]) * z[k];
+        out[first + i] = lanes[0];
+      }
     }
   }
 };
 
-// acc += sum_i g_i rows_i, i < count <= 4.
+// acc += sum_i g_i rows_i, i < count, four rows at a time.
 template <class C, class E>
 struct AddRows {
   template <int Bytes>
   WX_INLINE static void body(const E* rows, int64_t count, const C* g, int64_t d, C* acc) {
-    const E* row[kRows];
-    C s[kRows];
-    for (int i = 0; i < kRows; i++) {
-      row[i] = rows + (i < count ? i : 0) * d;
-      s[i] = i < count ? g[i] : C(0);
+    using P = Packs<C, Bytes>;
+    int64_t first = 0;
+    for (; first + kRows <= count; first += kRows) {
+      const E* row = rows + first * d;
+      const C* s = g + first;
+      int64_t j = 0;
+      for (; j + P::N <= d; j += P::N) {
+        typename P::F e[kRows], sum;
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; i++) {
+          __builtin_prefetch(row + i * d + j + distance<E>(d), 0, 3);
+          get_as<C, Bytes>(e[i], row + i * d + j);
+        }
+        get(sum, acc + j);
+        sum = sum + ((e[0] * s[0] + e[1] * s[1]) + (e[2] * s[2] + e[3] * s[3]));
+        put(acc + j, sum);
+      }
+      for (; j < d; j++)
+        acc[j] += (s[0] * entry<C>(row[j]) + s[1] * entry<C>(row[d + j])) +
+                  (s[2] * entry<C>(row[2 * d + j]) + s[3] * entry<C>(row[3 * d + j]));
     }
-    if (count < kRows) {  // no product with an entry that is not there: it may be infinite
-      for (int i = 0; i < count; i++)
-        for (int64_t j = 0; j < d; j++) acc[j] += s[i] * entry<C>(row[i][j]);
-      return;
-    }
-    int64_t j = 0;
-    for (; j + kLanes <= d; j += kLanes) {
-      for (int i = 0; i < kRows; i++) __builtin_prefetch(row[i] + j + 1024 / sizeof(E));
-      for (int l = 0; l < kLanes; l++)
-        acc[j + l] += (s[0] * entry<C>(row[0][j + l]) + s[1] * entry<C>(row[1][j + l])) +
-                      (s[2] * entry<C>(row[2][j + l]) + s[3] * entry<C>(row[3][j + l]));
-    }
-    for (; j < d; j++)
-      acc[j] += (s[0] * entry<C>(row[0][j]) + s[1] * entry<C>(row[1][j])) +
-                (s[2] * entry<C>(row[2][j]) + s[3] * entry<C>(row[3][j]));
+    for (; first < count; first++)
+      for (int64_t j = 0; j < d; j++) acc[j] += g[first] * entry<C>(rows[first * d + j]);
   }
 };
 
@@ -108,16 +130,14 @@ void multiply(const Dense& call, const Compute<T>* z) {
   ranges(call.pieces(), std::max<int64_t>(1, (32 << 10) / (Dense::kPiece * call.d)), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++)
       call.piece(p, [&](const Part& part, int64_t first, int64_t count) {
+        const E* rows = static_cast<const E*>(call.basis) + (part.row + first) * call.d;
         const T* in = static_cast<const T*>(part.in);
-        for (int64_t i = first; i < first + count; i += kRows) {
-          const int64_t n = std::min<int64_t>(kRows, first + count - i);
-          const E* rows = static_cast<const E*>(call.basis) + (part.row + i) * call.d;
-          for (int64_t k = 0; k < call.batch; k++) {
-            C y[kRows];
-            run<Products<C, E>>(rows, n, z + k * call.d, call.d, +y);
-            T* out = static_cast<T*>(part.out) + k * part.count + i;
-            for (int64_t l = 0; l < n; l++) narrow(static_cast<C>(widen(in[part.constant ? 0 : i + l])) + y[l], out[l]);
-          }
+        for (int64_t k = 0; k < call.batch; k++) {
+          C y[Dense::kPiece];
+          run<Products<C, E>>(rows, count, z + k * call.d, call.d, +y);
+          T* out = static_cast<T*>(part.out) + k * part.count + first;
+          for (int64_t i = 0; i < count; i++)
+            narrow(static_cast<C>(widen(in[part.constant ? 0 : first + i])) + y[i], out[i]);
         }
       });
   });
@@ -134,16 +154,13 @@ void accumulate(const Dense& call, int64_t groups, double* sums) {
       acc.assign(n, C(0));
       for (int64_t p = group * call.pieces() / groups; p < (group + 1) * call.pieces() / groups; p++)
         call.piece(p, [&](const Part& part, int64_t first, int64_t count) {
+          const E* rows = static_cast<const E*>(call.basis) + (part.row + first) * call.d;
           const T* in = static_cast<const T*>(part.in);
-          for (int64_t i = first; i < first + count; i += kRows) {
-            const int64_t rows = std::min<int64_t>(kRows, first + count - i);
-            const E* from = static_cast<const E*>(call.basis) + (part.row + i) * call.d;
-            for (int64_t k = 0; k < call.batch; k++) {
-              C g[kRows] = {};
-              for (int64_t l = 0; l < rows; l++)
-                g[l] = static_cast<C>(widen(in[part.constant ? 0 : k * part.count + i + l]));
-              run<AddRows<C, E>>(from, rows, static_cast<const C*>(g), call.d, acc.data() + k * call.d);
-            }
+          for (int64_t k = 0; k < call.batch; k++) {
+            C g[Dense::kPiece];
+            for (int64_t i = 0; i < count; i++)
+              g[i] = static_cast<C>(widen(in[part.constant ? 0 : k * part.count + first + i]));
+            run<AddRows<C, E>>(rows, count, static_cast<const C*>(g), call.d, acc.data() + k * call.d);
           }
         });
       for (int64_t k = 0; k < n; k++) sums[group * n + k] = static_cast<double>(acc[k]);

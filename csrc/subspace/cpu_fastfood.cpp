@@ -4,6 +4,7 @@
 #include "draws.h"
 #include "hadamard.h"
 #include "kinds.h"
+#include "passes.h"
 
 namespace wx::sub {
 namespace {
@@ -62,6 +63,30 @@ int64_t power_of_two(int64_t least) {
   return n;
 }
 
+constexpr int64_t kPart = 256;
+
+// pi(first ..) & mask, kPart of them.
+struct Indices {
+  template <int Bytes>
+  WX_INLINE static void body(Permutation pi, uint32_t first, uint32_t mask, uint32_t* to) {
+    for (uint32_t l = 0; l < kPart; l++) to[l] = pi(first + l) & mask;
+  }
+};
+
+// x_i *= the coins of row base + i, from <= i < to; base is a multiple of 128.
+template <class C>
+struct Coins {
+  template <int Bytes>
+  WX_INLINE static void body(Key key, int64_t base, uint32_t step, C* x, int64_t from, int64_t to) {
+    alignas(64) uint32_t words[4][32];
+    C values[128];
+    draw_lanes<32>(key, kFfG, base / 4, 1, step, false, words);
+    for (int l = 0; l < 32; l++)
+      for (int w = 0; w < 4; w++) values[4 * l + w] = static_cast<C>(coins(words[w][l]));
+    for (int64_t i = from; i < to; i++) x[i] = values[i] * x[i];
+  }
+};
+
 // The operator of a call; `at` is a row of P, `length` that of its transforms.
 class Operator {
  public:
@@ -71,37 +96,68 @@ class Operator {
   }
   int64_t blocks() const { return (call_.total + length - 1) / length; }
 
-  // u_k = flip(z_k) by B of the transform at `start`.
+  // u_k = flip(z_k) by B of the transform at `start`, which is a multiple of n.
   template <class C>
   void flip_b(C* u, int64_t start) const {
-    Words w{};
-    for (int64_t k = 0; k < n; k++) {
-      const int64_t i = start + k;
-      if (k == 0 || i % 128 == 0) w = draw(call_.key0, kFfB, i >> 7, 0, call_.step);
-      u[k] = flip(u[k], w.at[i >> 5 & 3] >> (i & 31) & 1);
-    }
+    flip_all(u, kFfB, start, start + n);
   }
   Permutation permutation(int64_t start) const {
     return {draw(call_.key0, kFfPerm, start, 0, call_.step), __builtin_ctzll(length)};
   }
-  // x_j = G x_j for the rows start + begin .. start + end.
+  // x_j = G x_j for the rows start + begin .. start + end: a block, or a transform.
   template <class C>
   void diagonal(C* x, int64_t begin, int64_t end) const {
-    Words w{};
-    const int64_t per_draw = call_.binomial ? 4 : 128;
-    for (int64_t i = begin; i < end; i++) {
-      if (i == begin || i % per_draw == 0) w = draw(call_.key0, kFfG, i / per_draw, call_.binomial ? 1 : 0, call_.step);
-      C& value = x[i - begin];
-      if (call_.binomial)
-        value = static_cast<C>(coins(w.at[i & 3])) * value;
-      else
-        value = flip(value, w.at[i >> 5 & 3] >> (i & 31) & 1);
+    if (!call_.binomial) return flip_all(x, kFfG, begin, end);
+    for (int64_t base = begin / 128 * 128; base < end; base += 128)
+      run<Coins<C>>(call_.key0, base, call_.step, x - begin + base, std::max(begin - base, int64_t{0}),
+                    std::min<int64_t>(128, end - base));
+  }
+
+  // to_j = u[pi(first + j) mod n], or the sums of what stands there.
+  template <class C>
+  void moved(C* to, const C* u, const Permutation& pi, int64_t first, int64_t count) const {
+    uint32_t at[kPart];
+    for (int64_t j = 0; j < count; j += kPart) {
+      const int64_t part = std::min(kPart, count - j);
+      run<Indices>(pi, static_cast<uint32_t>(first + j), static_cast<uint32_t>(n - 1), +at);
+      for (int64_t l = 0; l < part; l++) to[j + l] = u[at[l]];
+    }
+  }
+  template <class C>
+  void collect(double* u, const C* from, const Permutation& pi, int64_t first, int64_t count) const {
+    uint32_t at[kPart];
+    for (int64_t j = 0; j < count; j += kPart) {
+      const int64_t part = std::min(kPart, count - j);
+      run<Indices>(pi, static_cast<uint32_t>(first + j), static_cast<uint32_t>(n - 1), +at);
+      for (int64_t l = 0; l < part; l++) u[at[l]] += static_cast<double>(from[j + l]);
     }
   }
 
   const int64_t n, length;
 
  private:
+  // Of rows [begin, end), whole draws unless there are fewer than 128 rows in all.
+  template <class C>
+  void flip_all(C* x, Stream stream, int64_t begin, int64_t end) const {
+    constexpr int64_t kChunk = Signs::kChunk;
+    uint32_t words[kChunk / 32];
+    for (int64_t i = begin; i < end;) {
+      const int64_t next = std::min(end, (i / kChunk + 1) * kChunk), from = i / 128,
+                    draws = (next - 1) / 128 - from + 1;
+      if (draws < 8)
+        for (int64_t k = 0; k < draws; k++) {
+          const Words w = draw(call_.key0, stream, from + k, 0, call_.step);
+          std::copy(w.at, w.at + 4, words + 4 * k);
+        }
+      else
+        run<SignChunk>(call_.key0, stream, i / kChunk, 0u, call_.step, +words);
+      const int64_t base = draws < 8 ? from * 128 : i / kChunk * kChunk;
+      C* at = x + (i - begin);
+      run<Flipped<C, false>>(at, static_cast<const C*>(at), static_cast<const uint32_t*>(words), i - base, next - base);
+      i = next;
+    }
+  }
+
   const Call& call_;
 };
 
@@ -159,7 +215,7 @@ void global_forward(const Call& call, const Operator& op) {
     ranges(op.length / piece, 8, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++) {
         C* to = q.data() + b * piece;
-        for (int64_t j = 0; j < piece; j++) to[j] = u[pi(static_cast<uint32_t>(b * piece + j)) & (op.n - 1)];
+        op.moved(to, u.data(), pi, b * piece, piece);
         op.diagonal(to, b * piece, (b + 1) * piece);
         hadamard(to, piece);
       }
@@ -184,7 +240,7 @@ void stacked_forward(const Call& call, const Operator& op) {
         std::vector<C> u = pad<C>(call, k, op.n);
         op.flip_b(u.data(), start);
         hadamard(u.data(), op.n);
-        for (int64_t j = 0; j < op.n; j++) q[j] = u[pi(static_cast<uint32_t>(j))];
+        op.moved(q.data(), u.data(), pi, 0, op.n);
         op.diagonal(q.data(), start, start + op.n);
         hadamard(q.data(), op.n);
         write<T>(call, k, q.data(), start, std::min(call.total, start + op.n));
@@ -216,8 +272,7 @@ void global_backward(const Call& call, const Operator& op, double* sums) {
         for (int64_t b = g * (op.length / piece) / count; b < (g + 1) * (op.length / piece) / count; b++) {
           C* from = r.data() + b * piece;
           op.diagonal(from, b * piece, (b + 1) * piece);
-          for (int64_t j = 0; j < piece; j++)
-            u[pi(static_cast<uint32_t>(b * piece + j)) & (op.n - 1)] += static_cast<double>(from[j]);
+          op.collect(u, from, pi, b * piece, piece);
         }
       }
     });
@@ -244,7 +299,8 @@ void stacked_backward(const Call& call, const Operator& op, double* sums, int64_
           read<T>(call, k, r.data(), start, start + op.n);
           hadamard(r.data(), op.n);
           op.diagonal(r.data(), start, start + op.n);
-          for (int64_t j = 0; j < op.n; j++) u[pi(static_cast<uint32_t>(j))] = static_cast<double>(r[j]);
+          std::fill(u.begin(), u.end(), 0.0);
+          op.collect(u.data(), r.data(), pi, 0, op.n);
           hadamard(u.data(), op.n);
           op.flip_b(u.data(), start);
           for (int64_t j = 0; j < call.d; j++) sums[g * n + k * call.d + j] += u[j];

@@ -66,7 +66,7 @@ struct Hadamard {
   template <int Pairs>
   WX_INLINE static void firsts(C* x, int64_t length, Ahead ahead) {
     for (int64_t at = 0; at < length; at += 2 * N * Pairs) {
-      ahead.ask(at, 2 * N * Pairs);
+      ahead.ask(at, 2 * N * Pairs, ahead.item);
       first<Pairs>(x + at);
     }
   }

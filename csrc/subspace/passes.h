@@ -6,22 +6,17 @@
 
 namespace wx::sub {
 
-// 32 numbers past the cache, in stores as wide as vectors are.
-template <int Bytes, class T>
-WX_INLINE void store_past(T* to, const T* from) {
-  for (size_t b = 0; b < 32 * sizeof(T); b += Bytes) {
-    typename Pack<uint64_t, Bytes>::V v;
-    __builtin_memcpy(&v, reinterpret_cast<const char*>(from) + b, Bytes);
-    char* p = reinterpret_cast<char*>(to) + b;
+// A vector past the cache.
+template <class V>
+WX_INLINE void put_past(void* p, const V& v) {
 #if defined(__x86_64__) && defined(__gnu_linux__)
-    if constexpr (Bytes > 16)
-      asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<decltype(v)*>(p)) : "v"(v));
-    else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+  if constexpr (sizeof v > 16)
+    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(p)) : "v"(v));
+  else
+    _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<const __m128i&>(v));
 #else
-    __builtin_memcpy(p, &v, Bytes);
+  __builtin_memcpy(p, &v, sizeof v);
 #endif
-  }
 }
 
 // x = from[places_0 ..]: loads of single numbers, four places at a time, are faster than the machines' gathers.
@@ -55,36 +50,8 @@ WX_INLINE void pick(typename Packs<C, Bytes>::F& x, const C* from, const uint16_
   }
 }
 
-// out_i = fl(theta0_i + flip(fl(q_i s))).
-template <class T>
-struct Store {
-  using C = Compute<T>;
-
-  WX_INLINE static void one(C q, const uint32_t* signs, C s, const T* t0, T* out, int64_t i) {
-    narrow(static_cast<C>(widen(*t0)) + flip(q * s, sign_at(signs, i)), *out);
-  }
-
-  // Of 32 numbers, in vectors.
-  template <int Bytes>
-  WX_INLINE static void whole(typename Packs<C, Bytes>::F* q, uint32_t word, C s, const T* t0, T* out, bool past) {
-    using P = Packs<C, Bytes>;
-    alignas(64) C y[32];
-    alignas(64) T theta[32];
-#pragma GCC unroll 16
-    for (int part = 0; part < 32 / P::N; part++) {
-      q[part] = q[part] * s;
-      Flip32<C, Bytes>::apply(q[part], word, part);
-      put(y + part * P::N, q[part]);
-    }
-    for (int l = 0; l < 32; l++) narrow(static_cast<C>(widen(t0[l])) + y[l], theta[l]);
-    if (past)
-      store_past<Bytes>(out, theta);
-    else
-      __builtin_memcpy(out, theta, sizeof theta);
-  }
-};
-
-// theta of the elements begin <= i < end; t0 and out begin at element `begin`. q_i is q[i], or window[places_i].
+// out_i = fl(theta0_i + flip(fl(q_i s))), begin <= i < end; t0 and out begin at element `begin`. Where blocks are
+// moved, window[places_i] stands for q_i.
 template <class T, bool Moved>
 struct Finish {
   using C = Compute<T>;
@@ -93,24 +60,56 @@ struct Finish {
   WX_INLINE static void body(const C* q, const uint16_t* places, const uint32_t* signs, C s, const T* t0, T* out,
                              int64_t begin, int64_t end, bool past, Ahead ahead) {
     using P = Packs<C, Bytes>;
+    constexpr bool kSame = std::is_same_v<T, C>;
+    const auto one = [&](int64_t i) WX_ALWAYS {
+      const C y = flip(q[Moved ? places[i] : i] * s, sign_at(signs, i));
+      narrow(static_cast<C>(widen(t0[i])) + y, out[i]);
+    };
     t0 -= begin;
     out -= begin;
     int64_t i = begin;
-    for (; i < end && i % 32; i++) Store<T>::one(q[Moved ? places[i] : i], signs, s, t0 + i, out + i, i);
+    for (; i < end && i % 32; i++) one(i);
     past = past && reinterpret_cast<uintptr_t>(out + i) % 64 == 0;
+    const SignMasks<C, Bytes> masks;
+    alignas(64) C y[32];
     for (; i + 32 <= end; i += 32) {
-      typename P::F x[32 / P::N];
-      ahead.ask(i, 32);
-#pragma GCC unroll 16
-      for (int part = 0; part < 32 / P::N; part++) {
-        if constexpr (Moved)
-          pick<C, Bytes>(x[part], q, places + i + part * P::N);
-        else
-          get(x[part], q + i + part * P::N);
+#pragma GCC unroll 1  // more at once is more than the registers hold
+      for (int l = 0; l < 32; l += P::N) {
+        typename P::F x, theta;
+        if constexpr (Moved) {
+          ahead.ask(i + l, P::N, sizeof(T));
+          pick<C, Bytes>(x, q, places + i + l);
+        } else {
+          get(x, q + i + l);
+        }
+        x = x * s;
+        masks.flip(x, signs[i >> 5], l / P::N);
+        if constexpr (kSame) {
+          get(theta, t0 + i + l);
+          theta = theta + x;
+          if (past)
+            put_past(out + i + l, theta);
+          else
+            put(out + i + l, theta);
+        } else {
+          put(y + l, x);
+        }
       }
-      Store<T>::template whole<Bytes>(x, signs[i >> 5], s, t0 + i, out + i, past);
+      if constexpr (!kSame) {
+        alignas(64) T theta[32];
+        for (int l = 0; l < 32; l++) narrow(static_cast<C>(widen(t0[i + l])) + y[l], theta[l]);
+        typename Pack<uint64_t, Bytes>::V v;
+        for (int b = 0; b < 64; b += Bytes) {
+          __builtin_memcpy(&v, reinterpret_cast<const char*>(theta) + b, Bytes);
+          char* to = reinterpret_cast<char*>(out + i) + b;
+          if (past)
+            put_past(to, v);
+          else
+            __builtin_memcpy(to, &v, Bytes);
+        }
+      }
     }
-    for (; i < end; i++) Store<T>::one(q[Moved ? places[i] : i], signs, s, t0 + i, out + i, i);
+    for (; i < end; i++) one(i);
   }
 };
 
@@ -174,7 +173,7 @@ struct Gather {
     int64_t j = 0;
     for (; j + P::N <= n; j += P::N) {
       typename P::F x, sum;
-      ahead.ask(j, P::N);
+      ahead.ask(j, P::N, ahead.item);
       pick<C, Bytes>(x, from, places + j);
       if constexpr (Add) {
         get(sum, to + j);

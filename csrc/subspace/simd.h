@@ -1,11 +1,15 @@
 // One source for three vector widths: a kernel is a struct with body<Bytes>(args), and run<Kernel>(args) calls the one
 // that the machine has. Unlike target_clones it tells the body how wide a vector is, which shuffles must know.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
 #include <utility>
 
 #include "../common/vec.h"
+
+#define WX_ALWAYS __attribute__((always_inline))
 
 namespace wx::sub {
 
@@ -36,14 +40,45 @@ WX_INLINE void join(W& both, const V& a, const V& b, std::index_sequence<I...>) 
   both = __builtin_shufflevector(a, b, I...);
 }
 
+// One vector of numbers of another type.
+template <class C, int Bytes, class E>
+WX_INLINE void get_as(typename Packs<C, Bytes>::F& x, const E* p) {
+  using U = typename Packs<C, Bytes>::U;
+  using F = typename Packs<C, Bytes>::F;
+  constexpr int N = Packs<C, Bytes>::N;
+  if constexpr (std::is_same_v<E, C>) {
+    get(x, p);
+  } else if constexpr (sizeof(E) == 2 && sizeof(C) == 4) {
+    typename Pack<uint16_t, Bytes / 2>::V narrow_bits;
+    get(narrow_bits, p);
+    const U bits = __builtin_convertvector(narrow_bits, U);
+    if constexpr (std::is_same_v<E, bf16>) {
+      x = reinterpret_cast<F>(bits << 16);
+    } else {  // as widen() has it
+      const U magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;
+      const F normal = reinterpret_cast<F>(magnitude) * 0x1p112f;
+      const U special = reinterpret_cast<U>(magnitude >= 0x0F800000u);
+      x = reinterpret_cast<F>((special & (magnitude | 0x7F800000u)) | (~special & reinterpret_cast<U>(normal)) | sign);
+    }
+  } else if constexpr (std::is_same_v<E, float>) {
+    typename Pack<float, Bytes / 2>::V half;
+    get(half, p);
+    x = __builtin_convertvector(half, F);
+  } else {
+    C wide[N];
+    for (int l = 0; l < N; l++) wide[l] = static_cast<C>(widen(p[l]));
+    get(x, wide);
+  }
+}
+
 // What the next tile reads is asked for while this one is computed: `item` bytes for each of its elements. Without it a
 // core waits for memory and then computes, by turns.
 struct Ahead {
   const char* at = nullptr;
   int item = 0;
 
-  WX_INLINE void ask(int64_t element, int64_t count) const {
-    for (int64_t b = 0; b < count * item; b += 64) __builtin_prefetch(at + element * item + b, 0, 2);
+  WX_INLINE void ask(int64_t element, int64_t count, int bytes) const {
+    for (int64_t b = 0; b < count * bytes; b += 64) __builtin_prefetch(at + element * bytes + b, 0, 2);
   }
 };
 
@@ -60,6 +95,7 @@ struct SignBits {
   using U = typename P::U;
   U by;
 
+  SignBits() = default;
   WX_INLINE explicit SignBits(int first) {
     for (int l = 0; l < P::N; l++)
       by[l] = Bytes > 16 ? sizeof(C) * 8 - 1 - (first + l) : typename P::Bits{1} << (first + l);
@@ -73,8 +109,24 @@ struct SignBits {
   }
 };
 
-// x[0 .. 32) with the signs of one word flipped; part(k, x_k) for each vector of them would not be inlined everywhere,
-// so callers loop over kParts vectors themselves.
+// The same for each vector of 32 numbers, kept.
+template <class C, int Bytes>
+struct SignMasks {
+  using P = Packs<C, Bytes>;
+  static constexpr int kParts = 32 / P::N;
+  SignBits<C, Bytes> bits[kParts];
+
+  WX_INLINE SignMasks() {
+    for (int part = 0; part < kParts; part++) bits[part] = SignBits<C, Bytes>(part * P::N);
+  }
+  WX_INLINE void flip(typename P::F& x, uint32_t word, int part) const {
+    typename P::U m;
+    bits[part].at(m, word);
+    x = reinterpret_cast<typename P::F>(reinterpret_cast<typename P::U>(x) ^ m);
+  }
+};
+
+// Vector `part` of 32 numbers with the signs of one word flipped.
 template <class C, int Bytes>
 struct Flip32 {
   using P = Packs<C, Bytes>;
@@ -100,6 +152,7 @@ __attribute__((target("arch=x86-64-v3"), noinline)) void on_v3(A... a) {
   Kernel::template body<32>(a...);
 }
 
+// Of the machine.
 inline int vector_bytes() {
   static const int bytes = [] {
     __builtin_cpu_init();
@@ -108,7 +161,8 @@ inline int vector_bytes() {
     const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    return v3 && v4 ? 64 : v3 ? 32 : 16;
+    const char* most = std::getenv("WEIGHTXFORM_VECTOR_BYTES");  // for tests: 32 or 16 although there is more
+    return std::min(v3 && v4 ? 64 : v3 ? 32 : 16, most ? std::max(16, std::atoi(most)) : 64);
   }();
   return bytes;
 }
