@@ -32,7 +32,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     matplotlib.use("Agg")
     from matplotlib import image
 
-    assert run(tmp_path, "--steps", "40") == 0
+    assert run(tmp_path, "--pillar", "spectral_norm", "--steps", "40") == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed
     for line in ("training: 40/40", "Time of a training step", "Largest singular value", "report.md"):
@@ -60,7 +60,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_seed_decides_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(seed: str) -> list:
         torch.manual_seed(0)
-        run(tmp_path, "--steps", "2", "--seed", seed)
+        run(tmp_path, "--pillar", "spectral_norm", "--steps", "2", "--seed", seed)
         return json.loads((tmp_path / "report.json").read_text())["spectral_norm"]["figures"]["losses"]["weightxform"]
 
     noise_for_digits(monkeypatch)
@@ -81,7 +81,7 @@ def test_a_wrong_loss_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
     noise_for_digits(monkeypatch)
     monkeypatch.setattr(spectral_norm, "contenders", wrong)
-    assert run(tmp_path, "--steps", "2") == 1
+    assert run(tmp_path, "--pillar", "spectral_norm", "--steps", "2") == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "FAILED losses equal torch's, float64" in printed
     assert "| losses equal torch's, float64 | **fails** |" in (tmp_path / "report.md").read_text()
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_a_number_fails() -> None:
 
 def test_an_unknown_pillar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(tmp_path / "out", "--pillar", "spectral") == 2
-    assert "--pillar must be one of spectral_norm, got spectral" in capsys.readouterr().out
+    assert "--pillar must be one of spectral_norm, subspace, got spectral" in capsys.readouterr().out
     assert run(tmp_path / "out", "--steps", "1") == 2
     assert not (tmp_path / "out").exists()
 
@@ -141,7 +141,7 @@ def test_a_pillar_is_found_because_it_is_there(
         "PILLAR = Pillar('toy', 'A toy', run)\n"
     )
     monkeypatch.setattr(pillars, "__path__", [*pillars.__path__, str(tmp_path)])
-    assert list(pillar.find_pillars()) == ["spectral_norm", "toy"]
+    assert list(pillar.find_pillars()) == ["spectral_norm", "subspace", "toy"]
     assert run(tmp_path / "out", "--pillar", "toy", "--seed", "7") == 0
     assert run(tmp_path / "out", "--pillar", "toy", "--seed", "8") == 1
     assert "one is one" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -114,6 +115,18 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images), labels) + L2 * penalty
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Networks this small are not faster on two, and far slower where another program has one of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def train(model: nn.Module, digits: Digits, steps: int, rate: float, seed: int) -> nn.Module:
     """Adam over what ``model`` has to train."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate, BETAS)
