@@ -29,6 +29,16 @@ from triton.compiler import ASTSource
 
 from weightxform.numerics import FLOAT_DTYPES, opmath
 from weightxform.spectral_norm import triton_backward, triton_kernels, triton_launch, triton_plan
+from weightxform.subspace import (
+    triton_dense,
+    triton_entries,
+    triton_entries_launch,
+    triton_fastfood,
+    triton_hadamard,
+    triton_one_hot,
+)
+from weightxform.subspace import triton_launch as subspace_launch
+from weightxform.subspace import triton_sums as subspace_sums
 
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 48 << 10  # what every block may have without asking; some GPUs have no more than 99 KiB for a whole SM
@@ -53,7 +63,80 @@ def product_kinds(dtype: torch.dtype) -> list[int]:
     ]
 
 
+def of_subspace() -> Iterator[Build]:
+    """Projections. Every architecture gets the tiled kinds in the dtypes and tiles that use most, sm_90 everything."""
+    for arch in ARCHITECTURES:
+        for dtype in FLOAT_DTYPES if arch == 90 else (torch.float64, torch.float32):
+            compute = opmath(dtype)
+            T, C = (triton_launch._type(triton_kernels, t) for t in (dtype, compute))
+            name, number = str(dtype).removeprefix("torch."), pointer(compute)
+            types, redrawn = {"T": T, "C": C}, {"REDRAWN": True}
+            memory = {"plan": "*i64", "pointers": "*i64", "step": "*i64"} | {
+                k: number for k in ("z", "c", "u", "q", "r", "x", "zx", "acc", "scratch", "z_bar", "out")
+            }
+
+            def build(
+                kernel: Any,
+                label: str,
+                warps: int,
+                constants: dict[str, Any],
+                memory=memory,
+                name=name,
+                arch=arch,
+                **own,
+            ) -> Build:
+                pointers = {k: own.get(k, memory.get(k)) for k in kernel.arg_names if k in memory or k in own}
+                return f"{label} {name}", kernel, pointers, constants, warps, arch
+
+            half = dtype.itemsize == 2
+            tiles = (64, 4096, 16384) if arch == 90 and dtype == torch.float32 else (4096,) if half else (64, 4096)
+            for tile in tiles:
+                options = {**types, **redrawn, "TILE": tile, "LOG": tile.bit_length() - 1, "PACKED": False, "BIG": True}
+                options["ALIGNED"] = True
+                one_hot = {**options, "SIGNED": True}
+                yield build(triton_one_hot.forward, "one_hot_fwd", 8, {**one_hot, "ONE": tile == 4096})
+                yield build(triton_one_hot.backward, "one_hot_bwd", 8, one_hot)
+                yield build(triton_hadamard.forward, "hadamard_fwd", 8, options)
+                yield build(triton_hadamard.backward, "hadamard_bwd", 8, options)
+            if half:
+                continue
+            for signs in (True, False):
+                for together in (1, 4) if arch == 90 else (4,):
+                    options = {**types, **redrawn, "SIGNS": signs, "KB": together, "ALIGNED": True}
+                    warps = triton_entries_launch.warps(together, compute)
+                    yield build(triton_entries.forward, "entries_fwd", warps, options)
+                for together in (1,) if signs else (1, 2):
+                    options = {**types, **redrawn, "SIGNS": signs, "KB": together}
+                    warps = triton_entries_launch.warps(together, compute)
+                    yield build(triton_entries.backward, "entries_bwd", warps, options, acc="*fp64")
+            if arch != 90:
+                continue
+            yield build(triton_dense.forward, "dense_fwd", 4, types, basis="*bf16")
+            yield build(triton_dense.backward, "dense_bwd", 4, types, basis="*bf16")
+            scaled = {"SCALED": True}
+            yield build(subspace_sums.extend, "extend", 4, {**scaled, "TILE": 4096, "N": 1024})
+            yield build(subspace_sums.fold, "fold", 4, {}, sums="*fp64")
+            options = {**scaled, "TILE": 4096, "C": C, "S": 16}
+            yield build(subspace_sums.finish, "finish_sums", 4, options, sums="*fp64")
+            for at, bits in ((0, 12), (12, 6)):
+                yield build(triton_fastfood.transform, "transform", 8, {"AT": at, "BITS": bits})
+            own = {"C": C, **redrawn}
+            yield build(triton_fastfood.start, "fastfood", 8, own)
+            for signs in (True, False):
+                yield build(triton_fastfood.gather, "fastfood", 8, {**own, "SIGNS": signs})
+                yield build(triton_fastfood.diagonal, "fastfood", 8, {**own, "SIGNS": signs})
+            yield build(triton_fastfood.add, "fastfood", 8, {**types, "ALIGNED": True})
+            yield build(triton_fastfood.take, "fastfood", 8, {**types, "ALIGNED": True})
+            yield build(triton_fastfood.collect, "fastfood", 4, redrawn, u="*fp64")
+            yield build(triton_fastfood.end, "fastfood", 4, {**own, **scaled}, u="*fp64")
+
+
 def builds() -> Iterator[Build]:
+    yield from of_subspace()
+    yield from of_spectral_norm()
+
+
+def of_spectral_norm() -> Iterator[Build]:
     for arch in ARCHITECTURES:
         for dtype in FLOAT_DTYPES:
             everything = arch == 90 and dtype in (torch.float32, torch.bfloat16)
@@ -108,10 +191,18 @@ def spills(ptx: str, arch: int) -> int:
     return int(stores) + int(loads)
 
 
+def number(kernel: Any, name: str) -> str:
+    """The type of an argument that is a number, as the kernel declares it."""
+    return "i32" if "int32" in str(kernel.fn.__annotations__.get(name, "")) else "i64"
+
+
 def compiled(build: Build) -> tuple[int, int, int]:
     """Registers, bytes of spills and of shared memory."""
     _, kernel, pointers, constants, warps, arch = build
-    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i64") for name in kernel.arg_names}
+    kinds = {
+        name: pointers.get(name, "constexpr" if name in constants else number(kernel, name))
+        for name in kernel.arg_names
+    }
     places = {name: (i,) for i, name in enumerate(kinds)}
     source = ASTSource(
         kernel,
@@ -119,7 +210,12 @@ def compiled(build: Build) -> tuple[int, int, int]:
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in pointers},
     )
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    options: dict[str, Any] = {"num_warps": warps}
+    if "subspace" in kernel.fn.__module__:
+        options["enable_fp_fusion"] = False
+    if kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries")):
+        options["maxnreg"] = subspace_launch.REGISTERS
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()

@@ -14,10 +14,14 @@ import weightxform as wx
 from weightxform import _load, backends
 from weightxform.registry import OPS
 from weightxform.spectral_norm import triton_launch
+from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.verify import make_args
 
-INTERPRETED = Path(__file__).with_name("interpreted.py")
-HALF = "against_float64 and (float64 or bfloat16)"  # of the work, about: there are two processes
+# A file of tests, and what selects about half of its work: there are two processes.
+INTERPRETED = {
+    "interpreted.py": "against_float64 and (float64 or bfloat16)",
+    "interpreted_subspace.py": "block_hadamard or gaussian or dense or fastfood",
+}
 
 
 def python(*arguments: str, **environment: str) -> subprocess.Popen:
@@ -27,10 +31,12 @@ def python(*arguments: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def test_kernels_in_the_interpreter():
-    """``interpreted.py`` has the tests: Triton reads TRITON_INTERPRET once, when it is imported."""
-    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
-    processes = [python(*options, "-k", chosen, TRITON_INTERPRET="1") for chosen in (HALF, f"not ({HALF})")]
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_kernels_in_the_interpreter(file):
+    """The file has the tests: Triton reads TRITON_INTERPRET once, when it is imported."""
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    half = INTERPRETED[file]
+    processes = [python(*options, "-k", chosen, TRITON_INTERPRET="1") for chosen in (half, f"not ({half})")]
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
@@ -46,6 +52,8 @@ def test_importing_weightxform_does_not_import_triton():
 def test_cpu_tensors_without_the_interpreter():
     with pytest.raises(RuntimeError, match=r"no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts"):
         triton_launch.forward(*make_args(OPS["spectral_norm_fwd"], "linear", torch.float32, "cpu"))
+    with pytest.raises(RuntimeError, match=r"no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts"):
+        subspace_launch.forward(*make_args(OPS["subspace_fwd"], "one_hot-toy", torch.float32, "cpu"))
 
 
 @pytest.fixture
@@ -53,7 +61,8 @@ def fresh(monkeypatch):
     """As before the kernels are loaded; what gets registered is collected."""
     found = []
     monkeypatch.setattr(_load, "status", {})
-    monkeypatch.setattr(triton_launch, "register_triton", lambda op, launcher: found.append(op.name))
+    for room in (triton_launch, subspace_launch):
+        monkeypatch.setattr(room, "register_triton", lambda op, launcher: found.append(op.name))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return found
 
@@ -70,13 +79,13 @@ def test_registered_where_it_can_run(fresh, monkeypatch, cuda, driver, status):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(_load, "driver_version", lambda: driver)
     assert _load._load_triton().startswith(status)
-    assert len(fresh) == (5 if driver else 0)
+    assert len(fresh) == (9 if driver else 0)
 
 
 def test_registered_for_the_interpreter(fresh, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _load._load_triton() == "registered, in its interpreter"
-    assert len(fresh) == 5
+    assert len(fresh) == 9
 
 
 def test_not_installed(fresh, monkeypatch):

@@ -47,7 +47,7 @@ def forward(z: Tensor, basis: Tensor, theta0: Sequence[Tensor], rows: Sequence[i
         with _on(call.device):
             kernels = module("dense", call.device)
             table = call.table(kernels.ROWS.value)
-            kernels.forward[(call.K, table.work.count)](
+            kernels.forward[(call.K, table.work.programs)](
                 table.table, call.pointers(), z.contiguous(), basis.contiguous(), table.work.at, table.rows, call.d,
                 **call.types, num_warps=WARPS,
             )  # fmt: skip
@@ -63,7 +63,7 @@ def backward(grads: Sequence[Tensor], basis: Tensor, rows: Sequence[int], batch:
         with _on(call.device):
             kernels, plan = module("dense", call.device), module("plan", call.device)
             table = call.table(kernels.SPAN.value)
-            work = table.work.count
+            work = table.work.programs
             each = ceil(work, plan.accumulators(work, call.K * call.d, call.K * call.elements))
             groups = ceil(work, each)
             acc = z_bar.new_empty((groups, call.K, call.d))

@@ -17,6 +17,8 @@ from .triton_tiles import (
     FIELDS,
     FIRST,
     SPREAD,
+    _at,
+    _narrow,
     all_owned,
     entry_of,
     factor_of,
@@ -117,23 +119,16 @@ def forward(
     k = b + tl.arange(0, KB)[:, None]
     i = tl.arange(0, N)[None, :]
     addresses = pointers + 2 * member
-    if full and KB == 1:
+    if KB > 1:
+        theta = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, False) + y
+        to = _at(addresses + 1, begin - first, T, False) + (k.to(tl.int64) * count + i)
+        tl.store(to, _narrow(theta, T), mask=(k < batch) & (i >= low) & (i < high))
+    elif full:
         theta = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, True) + y
-        write(addresses + 1, begin - first, i, low, high, theta, T, ALIGNED, KB == 1)
+        write(addresses + 1, begin - first, i, low, high, theta, T, ALIGNED, True)
     else:
         theta = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, False) + y
-        high = tl.where(k < batch, high, 0)
-        write(
-            addresses + 1,
-            begin - first,
-            k.to(tl.int64) * count + i,
-            k * count + low,
-            k * count + high,
-            theta,
-            T,
-            False,
-            False,
-        )
+        write(addresses + 1, begin - first, i, low, high, theta, T, ALIGNED, False)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def forward(call: Call, z: Tensor, c: Tensor | None) -> None:
         plan, u, q, step, rows, sizes.n, sizes.length, sizes.bits, sizes.blocks, C=C, SIGNS=sizes.signs, **options
     )
     _transform(kernels, q, sizes.length)
-    kernels.add[(table.work.count, call.K)](
+    kernels.add[(table.work.programs, call.K)](
         plan, call.pointers(), q, table.work.at, rows, sizes.size, **call.types, ALIGNED=call.aligned(),
         num_warps=WARPS, **FUSION,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     options = dict(num_warps=WARPS, **FUSION, **redrawn)
     plan, rows, C = table.table, table.rows, type_of(call.compute)
     q = z_bar.new_zeros((call.K, sizes.size))
-    kernels.take[(table.work.count, call.K)](
+    kernels.take[(table.work.programs, call.K)](
         plan, call.pointers(), q, table.work.at, rows, sizes.size, **call.types, ALIGNED=call.aligned(),
         num_warps=WARPS, **FUSION,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from . import op
 from .reference import ENTRYWISE, FASTFOOD, KINDS, Row
 
 WARPS = 8
+REGISTERS = 255  # said aloud: otherwise ptxas spills a few to have more programs on a processor
 
 
 def _check(ok: bool, what: str) -> None:
@@ -92,7 +93,7 @@ class Call(NamedTuple):
 
     @property
     def elements(self) -> int:
-        return sum(m.count for m in self.members)
+        return sum(m.size for m in self.members)
 
     @property
     def types(self) -> dict[str, Any]:
@@ -113,9 +114,9 @@ class Call(NamedTuple):
         """Whether 16 bytes may be moved at once, wherever a chunk begins."""
         size = self.dtype.itemsize
         for i, (m, source) in enumerate(zip(self.members, self.sources, strict=True)):
-            at = [0 if m.spread else source.data_ptr(), m.first * size, (m.count if self.K > 1 else 0) * size]
+            at = [0 if m.spread else source.data_ptr(), m.first * size, (m.size if self.K > 1 else 0) * size]
             at += [self.targets[i].data_ptr()] if self.targets else []
-            if m.count and any(a % 16 for a in at):
+            if m.size and any(a % 16 for a in at):
                 return False
         return True
 
@@ -216,7 +217,7 @@ def _other(call: Call, way: str) -> Any:
 def _tile_options(call: Call, table: Any) -> dict[str, Any]:
     return dict(
         call.types, TILE=call.tile, LOG=call.tile.bit_length() - 1, PACKED=call.packed, BIG=table.wide,
-        ALIGNED=call.aligned(), num_warps=WARPS, enable_fp_fusion=False,
+        ALIGNED=call.aligned(), num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -239,12 +240,12 @@ def _tiled_forward(call: Call, z: Tensor, c: Tensor | None) -> None:
     place = table.work.at, table.rows, table.windows
     if hadamard:
         plan = module("plan", call.device)
-        scratch = zx if call.tile <= plan.CHUNK else z.new_empty(table.work.count * call.tile)
-        module("hadamard", call.device).forward[(table.work.count,)](
+        scratch = zx if call.tile <= plan.CHUNK else z.new_empty(table.work.programs * call.tile)
+        module("hadamard", call.device).forward[(table.work.programs,)](
             table.table, call.pointers(), zx, scratch, step, *place, call.K, extent, **options
         )
     else:
-        module("one_hot", call.device).forward[(table.work.count,)](
+        module("one_hot", call.device).forward[(table.work.programs,)](
             table.table, call.pointers(), zx, step, *place, call.K, call.strata, extent,
             SIGNED=call.kind != "one_hot_unsigned", ONE=call.strata == 1, **options,
         )  # fmt: skip
@@ -255,7 +256,7 @@ def _tiled_backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     extent = call.d + call.strata * call.tile
     plan = module("plan", call.device)
     rows = max(1, plan.chunk_of(call.tile) // call.tile)
-    work = table.work.count
+    work = table.work.programs
     programs = plan.accumulators(work, rows * call.K * extent, call.K * call.elements)
     each = ceil(work, programs)
     programs = ceil(work, each)

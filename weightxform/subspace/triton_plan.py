@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
     row: Row
     first: int
-    count: int
+    size: int
     factor: float
     spread: bool
 
@@ -56,10 +56,10 @@ def bits_of(x: float) -> int:
 
 
 class Launch(NamedTuple):
-    """``count`` entries of the table from ``at`` on."""
+    """``programs`` entries of the table from ``at`` on."""
 
     at: int
-    count: int
+    programs: int
 
 
 class Table:
@@ -92,7 +92,7 @@ class Table:
             parts.append(self._windows().flatten())
         at = sum(map(len, parts))
         blocks = [
-            torch.arange(m.first // self.unit, _ceil(m.first + m.count, self.unit) if m.count else m.first // self.unit)
+            torch.arange(m.first // self.unit, _ceil(m.first + m.size, self.unit) if m.size else m.first // self.unit)
             for m in self.members
         ]
         entries = [(block << 32) | i for i, block in enumerate(blocks)]
@@ -104,9 +104,8 @@ class Table:
 
     def _windows(self) -> Tensor:
         """[tensors, strata]: where the window of the first block begins, and by how much each pass is turned."""
-        keys: Any = tuple(torch.tensor([[m.row.key[i]] for m in self.members]) for i in (0, 1))
-        r = torch.arange(self.strata).expand(len(self.members), -1)
-        words = draw.philox(keys, draw.SETUP, torch.zeros_like(r), r)
+        r = torch.arange(self.strata)
+        words = torch.stack([draw.philox(m.row.key, draw.SETUP, torch.zeros_like(r), r) for m in self.members])
         widths = torch.tensor(self._lows()).diff()
         delta = torch.where(widths > self.tile, (words[..., 1] * widths) >> 32, 0)
         return ((words[..., 0] * widths) >> 32) | (delta << 32)
