@@ -15,13 +15,11 @@ import weightxform as wx
 from weightxform.subspace import op
 from weightxform.subspace.maps import ImplicitMap, Map
 from weightxform.subspace.plan import make_plan
-from weightxform.subspace.reference import KINDS
 
 TOY = {"a.weight": 45, "a.bias": 5, "b.weight": 1980, "b.bias": 11, "c.weight": 33, "c.bias": 3, "one": 1}
 SMALL = {"a.weight": 45, "a.bias": 5, "b.weight": 148, "b.bias": 11, "c": 1}
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 NAMES = ("block_hadamard", "one_hot", "sparse", "rademacher", "gaussian", "fastfood", "kronecker")
-__all__ = ["KINDS", "NAMES"]
 
 
 def implicit(kind: str, sizes: Mapping[str, int] = TOY, dim: int = 29, seed: int = 5, **options: object) -> ImplicitMap:

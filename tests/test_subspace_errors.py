@@ -169,6 +169,14 @@ def test_twice():
     assert_close(sub(x), before, rtol=0, atol=0)
 
 
+def test_a_subspace_of_a_subspace():
+    sub = wx.Subspace(mlp(), 5)
+    for model in (sub, nn.Sequential(sub)):
+        with pytest.raises(ValueError, match="model has a Subspace already, whose coordinates is trained"):
+            wx.Subspace(model, 2)
+    assert sub.coordinates.requires_grad
+
+
 def test_a_model_with_a_computed_weight():
     model = Conv()
     model.conv.weight = wx.ComputedParameter(model.conv.weight, wx.SpectralNorm())

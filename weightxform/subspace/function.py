@@ -16,6 +16,13 @@ from ..autograd import dense, differentiable, guard, joined, through_ops, varian
 from ..numerics import opmath
 from . import op
 
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Of the older vmap, which is behind ``autograd.grad(..., is_grads_batched=True)``?"""
+    return torch._C._dispatch_keys(t).has(_BATCHED)
+
 
 class Call(NamedTuple):
     """Which P, besides its tensors, and which of its rows. ``forward(z, tables, theta0)``, ``backward(grads, ...)``."""
@@ -41,6 +48,8 @@ class Call(NamedTuple):
         return op.subspace_fwd(z, c, list(theta0), members, firsts, layout, factors, step, self.kind, *self.options)
 
     def backward(self, grads: Sequence[Tensor], tables: Sequence[Any], batch: int) -> Tensor:
+        if not torch.compiler.is_compiling() and any(map(_is_batched, grads)):
+            return self._backward_batched(grads, tables, batch)
         if self.kind == "dense":
             (basis,) = tables
             return op.subspace_dense_bwd(list(grads), basis, self._rows(), batch)
@@ -49,6 +58,18 @@ class Call(NamedTuple):
         c, layout, factors, step = tables
         members, firsts, kind, options = list(self.members), list(self.firsts), self.kind, self.options
         return op.subspace_bwd(list(grads), c, members, firsts, layout, factors, step, kind, self.dim, batch, *options)
+
+    def _backward_batched(self, grads: Sequence[Tensor], tables: Sequence[Any], batch: int) -> Tensor:
+        """The older vmap gives no batch to an op of lists of tensors."""
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        size = next(len(torch._remove_batch_dim(g, level, 0, 0)) for g in grads if _is_batched(g))
+        full = [torch._remove_batch_dim(g, level, size, 0) for g in grads]
+        if batch:
+            z_bar = torch.stack([self.backward([g[i] for g in full], tables, batch) for i in range(size)])
+        else:
+            z_bar = self.backward(full, tables, size)
+        return torch._add_batch_dim(z_bar, 0, level)
 
     def _rows(self) -> list[int]:
         """Where each tensor begins among the rows of a stored P; ``options`` are the starts of all of them."""
@@ -97,6 +118,7 @@ class ProjectFunction(torch.autograd.Function):
         ctx.tables = tensors[: ctx.n]
         ctx.batch = 0 if z.ndim == 1 else z.shape[0]
         ctx.set_materialize_grads(False)
+        ctx.unchanged = guard("Subspace", ctx.tables)  # the step of a redrawn P, a basis
 
     @staticmethod
     def backward(ctx, *douts):
@@ -104,6 +126,8 @@ class ProjectFunction(torch.autograd.Function):
         _, _, need_z, *need = ctx.needs_input_grad
         z_bar = None
         if need_z and used:
+            if ctx.unchanged is not None:
+                ctx.unchanged.check()
             z_bar = adjoint(ctx.call.of(used), ctx.tables, [dense(douts[i]) for i in used], ctx.batch)
         of_theta0: list[Any] = [None] * len(douts)
         for i in used:
@@ -153,11 +177,14 @@ class AdjointFunction(torch.autograd.Function):
         ctx.tables = tensors[: ctx.n]
         ctx.like = [t.detach() for t in tensors[ctx.n :]]
         ctx.set_materialize_grads(False)
+        ctx.unchanged = guard("Subspace", ctx.tables)
 
     @staticmethod
     def backward(ctx, dout):
         if dout is None:
             return (None,) * (3 + ctx.n + len(ctx.like))
+        if ctx.unchanged is not None:
+            ctx.unchanged.check()
         like = [t[0] for t in ctx.like] if ctx.batch else ctx.like
         return (None,) * (3 + ctx.n) + tuple(project(ctx.call, ctx.tables, dout, _zeros(like)))
 

@@ -22,7 +22,7 @@ from .function import scaled
 from .maps import Map
 from .plan import require_dim
 from .projections import NORMALIZE, Learned, Projection, projection_of
-from .select import Member, choose, initial_sigmas
+from .select import Member, choose, initial_sigmas, members_of
 
 STRUCTURES = ("shared", "said", "per_tensor")
 _LAST_STEP = 2**32 - 2
@@ -171,6 +171,8 @@ class Subspace(nn.Module):
         transforms = [ProjectedWeight(self, k) for k in range(len(chosen))]
         for member, transform in zip(chosen, transforms, strict=True):
             for module, name in member.places:
+                if isinstance(module, Subspace):
+                    raise ValueError(f"Subspace: model has a Subspace already, whose {name} is trained; bake it first")
                 if name in slots_of(module):
                     raise ValueError(f"Subspace: {member.name} is computed already; exclude it, or wx.bake it first")
                 refuse(module, name, member.parameter, transform)
@@ -193,12 +195,12 @@ class Subspace(nn.Module):
         step = None if redraw is None else torch.zeros((), dtype=torch.int64, device=first.device)
         self.register_buffer("step", step)
         self._places = [list(m.places) for m in chosen]
-        self._thawed = [p for p in model.parameters() if p.requires_grad]
+        self._thawed = [place for m in members_of(model) if m.parameter.requires_grad for place in m.places]
         model.requires_grad_(False)
         for member in extra:
             member.parameter.requires_grad_()
         self._install(chosen, transforms)
-        self._addresses: list[int] = []
+        self._facts: list[tuple[int, bool]] = []
         self._gathered: dict[int, bool] = {}  # members whose parameter is theta already; see sharded.py
         self._seen: tuple[Tensor, Tensor | None] | None = None  # z and scales of this forward, once FSDP has them
         self.model = model
@@ -272,10 +274,10 @@ class Subspace(nn.Module):
         tensors: Any = (parameters["coordinates"], parameters["scales"], self._buffers["step"])
         state = tuple([t for t in tensors if t is not None])
         if type(state[0]) is nn.Parameter and not torch.compiler.is_compiling():
-            addresses = [t.data_ptr() for t in state]
-            if addresses != self._addresses:  # z.data = x, vector_to_parameters: no version counter sees that
+            facts = [(t.data_ptr(), t.requires_grad) for t in state]
+            if facts != self._facts:  # z.data = x, vector_to_parameters, requires_grad_(): no version counter sees them
                 bump(state)
-                self._addresses = addresses
+                self._facts = facts
         return state
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
@@ -375,8 +377,10 @@ class Subspace(nn.Module):
         if self._group is not None:
             self._group.leave(self.model)
         _redrawn.discard(self)
-        for parameter in self._thawed:
-            parameter.requires_grad_()
+        for module, name in self._thawed:  # whatever parameter is there by now
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_()
         return self.model
 
     def shard_rows(self) -> None:
