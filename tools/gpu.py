@@ -41,6 +41,8 @@ SMALL_CASES = "linear", "prime_wide", "large", "conv_transpose", "v_first_large"
 # The figures that the README asks for come first; "*": whatever is left.
 TIMED = (
     ("mlp-64x64x64", True), ("linear-2048x2048", True), ("resnet-18", True), ("linear-8192x8192", True),
+    ("block_hadamard-2^24-d1000", True), ("one_hot-2^24-d1000", True), ("block_hadamard-1e8-d10000", True),
+    ("one_hot-1e8-d10000", True), ("rademacher-2^20-d256", True), ("dense-2^20-d256", True),
     ("linear-512x512", True), ("mlp-64x64x64", False), ("resnet-50", True), ("biggan-discriminator", True),
     ("linear-4096x4096", True), ("sngan-discriminator", True), ("transformer-12", True),
 )  # fmt: skip

@@ -166,6 +166,7 @@ class Room:
         optimizer: of the raw tensors; for a training step of the weights alone (any case).
         memory: bytes that a case takes at most, so that it is left out where there is less.
         tuned: time the middling cases again where memory is kept.
+        seconds: for the timing of one case, and with ``--quick``.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Room:
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     memory: Callable[[Any], int] = lambda case: 0
     tuned: bool = True
+    seconds: tuple[float, float] = (6.0, 2.0)
 
 
 def find_rooms() -> dict[str, Room]:

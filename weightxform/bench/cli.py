@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="transforms, or patterns of case names (resnet*); all by default")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    parser.add_argument("--quick", action="store_true", help="four cases, short runs: a minute or two")
-    parser.add_argument("--seconds", type=float, help="timing of one case; 6, or 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="four cases of each, short runs: a minute or two")
+    parser.add_argument("--seconds", type=float, help="timing of one case; 3 to 6, or 1 to 2 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratio.png and roofline.png there")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from . import report, summary
-    from .case import find_rooms
+    from .case import Room, find_rooms
     from .footprint import ours_without_pool
     from .gate import check_ops
     from .machine import describe, free_memory
@@ -68,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             return _refuse(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    seconds = args.seconds if args.seconds is not None else 2.0 if args.quick else 6.0
-    if not seconds > 0:
-        return _refuse(f"--seconds must be positive, got {seconds}")
+    if args.seconds is not None and not args.seconds > 0:
+        return _refuse(f"--seconds must be positive, got {args.seconds}")
+
+    def seconds_of(room: Room) -> float:
+        return room.seconds[args.quick] if args.seconds is None else args.seconds
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     machine = describe(device)
@@ -96,10 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
     memory = not args.main_only
     peaks = ours_without_pool(chosen, torch.get_num_threads()) if memory and device.type == "cpu" else {}
-    options = Options(device, seconds, args.main_only, steps=not args.main_only, memory=memory)
     cases = []
     for room, case in chosen:
         try:
+            options = Options(device, seconds_of(room), args.main_only, steps=not args.main_only, memory=memory)
             cases.append(measure(room, case, options))
         except GateError as e:
             console.print(f"WRONG {e}: stopped, no result", style="bold red", highlight=False)
@@ -109,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
                 row["peak_bytes"] = peaks[case.name][row["name"]]
         report.show_case(console, cases[-1])
     if device.type == "cpu" and not (args.no_tuned or args.main_only):
-        _tune([c for c in cases if of_room[c["transform"]][0].tuned], seconds)
+        for room, _ in of_room.values():
+            _tune([c for c in cases if room.tuned and c["transform"] == room.name], seconds_of(room))
 
     found = []
     for room, _ in of_room.values():
