@@ -84,7 +84,7 @@ _OF_KIND: dict[str, tuple[str, ...]] = {
 
 def _plan(kind: str, tensors: Mapping[str, int], d: int, options: dict[str, Any]) -> Plan:
     sigmas = {name: (1 + k) ** -0.5 for k, name in enumerate(tensors)}
-    nonzeros = 4 if kind == "sparse" and d >= 7 else None
+    nonzeros = 3 if kind == "sparse" and d >= 7 else None
     return make_plan(kind, tensors, d, 5, sigmas=sigmas, nonzeros=nonzeros, **options)
 
 
@@ -100,7 +100,9 @@ def _laid_out(t: Tensor, layout: str | None) -> Tensor:
     """The same values where kernels may not expect them."""
     if layout == "strided" and t.ndim == 2:
         return t.T.contiguous().T
-    if layout == "expanded":  # zeros for P z alone, and what sum() sends backward: one number, all strides 0
+    if (
+        layout == "expanded" and t.numel() > 1
+    ):  # zeros for P z alone, and what sum() sends back: one number
         return t.new_full((), 0.25).expand(t.shape)
     if layout == "unaligned":
         larger = t.new_full((t.numel() + 1,), float("nan"))
@@ -142,6 +144,15 @@ def _case_fwd(kind: str, tensors: Mapping[str, int], d: int, of_plan: dict, opti
     return make
 
 
+def _along_columns(grads: list[Tensor], plan: Plan, batch: int, of: tuple, generator: torch.Generator) -> list[Tensor]:
+    """The gradients, and as much again along the columns of P: a sum over them does not cancel, nor hide an error."""
+    z = _randn((batch, plan.dim) if batch else (plan.dim,), torch.float64, grads[0].device, generator)
+    nothing = [g.new_zeros((), dtype=torch.float64).expand(g.shape[1:] if batch else g.shape) for g in grads]
+    z = z * (plan.total / plan.dim) ** 0.5
+    along = reference.forward(z, plan.columns_in(torch.float64, z.device), nothing, *of)
+    return [(g + y).to(g.dtype) for g, y in zip(grads, along, strict=True)]
+
+
 def _case_bwd(kind: str, tensors: Mapping[str, int], d: int, of_plan: dict, options: dict) -> Case:
     def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> tuple:
         plan = _plan(kind, tensors, d, of_plan)
@@ -149,6 +160,9 @@ def _case_bwd(kind: str, tensors: Mapping[str, int], d: int, of_plan: dict, opti
         grads, members, firsts = _tensors(plan, options, batch, dtype, device, generator)
         tables = plan.layout, plan.factors, _step(options, device)
         c = plan.columns_in(opmath(dtype), device)
+        if options.get("layout") != "expanded":
+            of = members, firsts, *tables, kind, plan.tile, plan.strata, plan.packed
+            grads = [_laid_out(g, options.get("layout")) for g in _along_columns(grads, plan, batch, of, generator)]
         return grads, c, members, firsts, *tables, kind, d, batch, plan.tile, plan.strata, plan.packed
 
     return make
@@ -158,13 +172,21 @@ def _cases(make: Callable[..., Case]) -> dict[str, Case]:
     return {f"{kind}-{name}": make(kind, *_PLANS[name]) for kind, names in _OF_KIND.items() for name in names}
 
 
-def _bytes_fwd(z: Tensor, c: Tensor | None, theta0: Sequence[Tensor], *_: object) -> int:
+def _bytes_fwd(z: Tensor, c: Tensor | None, theta0: Sequence[Tensor], *rest: Any) -> int:
     batch = 1 if z.ndim == 1 else z.shape[0]
-    return sum(t.nbytes for t in theta0) * (1 + batch) + z.nbytes
+    tables = rest[2].nbytes + rest[3].nbytes if rest else 0
+    return sum(t.nbytes for t in theta0) * (1 + batch) + z.nbytes + tables
 
 
 def _bytes_bwd(grads: Sequence[Tensor], c: Tensor | None, *rest: Any) -> int:
-    return sum(g.nbytes for g in grads) + rest[6] * opmath(grads[0].dtype).itemsize
+    _, _, layout, factors, _, _, dim, batch, *_ = rest
+    z_bar = dim * max(1, batch) * opmath(grads[0].dtype).itemsize
+    return sum(g.nbytes for g in grads) + z_bar + layout.nbytes + factors.nbytes
+
+
+def _bytes_dense_bwd(grads: Sequence[Tensor], basis: Tensor, rows: Sequence[int], batch: int) -> int:
+    z_bar = basis.shape[1] * max(1, batch) * opmath(grads[0].dtype).itemsize
+    return basis.nbytes + sum(g.nbytes for g in grads) + z_bar
 
 
 subspace_fwd = register(
@@ -250,6 +272,6 @@ subspace_dense_bwd = register(
         reference=reference.dense_backward,
         fake=_fake_dense_bwd,
         cases={name: _case_dense_bwd(*row) for name, row in _DENSE.items()},
-        bytes_moved=lambda grads, basis, rows, batch: basis.nbytes + sum(g.nbytes for g in grads),
+        bytes_moved=_bytes_dense_bwd,
     )
 )

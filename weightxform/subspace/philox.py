@@ -18,6 +18,19 @@ MASK = 0xFFFFFFFF
 Key = tuple[int, int]
 
 
+_FEW = 32  # draws that plain integers make sooner than tensors do
+
+
+def draw(key: Key, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
+    """The four words of one counter."""
+    k0, k1 = key
+    for _ in range(10):
+        p, q = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = q >> 32 ^ c1 ^ k0, q & MASK, p >> 32 ^ c3 ^ k1, p & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
 def _mulhilo(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """The high and the low word of a 32 x 32 bit product, with nothing above 2^49."""
     low, high = a * (x & 0xFFFF), a * (x >> 16)
@@ -28,6 +41,11 @@ def philox(key: Key, stream: int, pos: Tensor, column: int | Tensor = 0, step: T
     """Four words for each element of ``pos`` (and of ``column``, broadcast): ``[..., 4]``."""
     pos, c2 = torch.broadcast_tensors(pos, torch.as_tensor(column, dtype=torch.int64, device=pos.device))
     c0, c1 = pos & MASK, (pos >> 32) | (stream << 24)
+    if pos.numel() <= _FEW and pos.is_cpu:
+        high, c3 = stream << 24, 0 if step is None else int(step)
+        places = zip(pos.flatten().tolist(), c2.flatten().tolist(), strict=True)
+        words = [draw(key, at & MASK, at >> 32 | high, column, c3) for at, column in places]
+        return torch.tensor(words, dtype=torch.int64).reshape(*pos.shape, 4)
     c3 = torch.zeros_like(pos) if step is None else step.to(pos.device, torch.int64).expand_as(pos)
     k0, k1 = key
     for _ in range(10):

@@ -172,7 +172,7 @@ class _Tiles:
         else:
             g = g * _rounded(factor, g.dtype)
         for r in range(self.strata):
-            x = draw.flip(g, self.signs(row, run, draw.SIGN_IN, r)).to(acc.dtype)
+            x = draw.flip(g, self.signs(row, run, draw.SIGN_IN, r))
             acc.index_add_(-1, self.columns(row, run, r).flatten(), x.flatten(-2))
 
 
@@ -219,9 +219,9 @@ class _Fastfood:
         return hadamard(self._diagonal(u.gather(-1, index))).flatten(-2)[..., : self.total]
 
     def backward(self, g: Tensor) -> Tensor:
-        """[..., D] -> [..., d]; sums in float64."""
+        """[..., D] -> [..., d]."""
         padded = torch.nn.functional.pad(g, (0, self.i.numel() - self.total)).unflatten(-1, self.i.shape)
-        r = self._diagonal(hadamard(padded)).double()
+        r = self._diagonal(hadamard(padded))
         u = r.new_zeros((*r.shape[:-1], self.n)).scatter_add_(-1, self.index.expand(r.shape), r)
         return draw.flip(hadamard(u), self.minus).sum(-2)[..., : self.d]
 
@@ -308,11 +308,11 @@ def backward(
         batch: 0 for gradients without a batch axis, else their K.
 
     Returns:
-        [d] or [K, d], dt. Sums over blocks are in float64 here.
+        [d] or [K, d], dt. Sums are in dt, over blocks in their order.
     """
     dt = opmath(grads[0].dtype)
     lead = (batch,) if batch else ()
-    acc = torch.zeros((*lead, dim), dtype=torch.float64, device=grads[0].device)
+    acc = torch.zeros((*lead, dim), dtype=dt, device=grads[0].device)
     tiles = _Tiles(kind, dim, tile, strata, packed, step)
     whole = None
     if kind in FASTFOOD:
@@ -331,7 +331,7 @@ def backward(
                     part = torch.nn.functional.pad(part, (low - begin, begin + size - high))
                 tiles.backward(row, run, part.reshape(*lead, len(run.starts), run.length), factor, acc)
         elif kind in ENTRYWISE:
-            scaled = (g * _rounded(factor, dt)).double()
+            scaled = g * _rounded(factor, dt)
             for j, entries in enumerate(_columns(kind, row, first, n, dim, acc, step)):
                 acc[..., j] += (scaled * entries).sum(-1)
         else:
@@ -339,8 +339,7 @@ def backward(
             whole[..., row.start + first : row.start + first + n] = g * _rounded(factor, dt)
     if whole is not None:
         acc = _Fastfood(kind, layout, dim, step, whole.device).backward(whole)
-    z_bar = acc.to(dt)
-    return z_bar if c is None else z_bar * c
+    return acc if c is None else acc * c
 
 
 def dense_forward(z: Tensor, basis: Tensor, theta0: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
