@@ -33,10 +33,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TOGETHER = 6  # processes that share the GPU while nothing is timed
 LEAST = 10.0  # seconds: with less than that a step is not started
+ROOMS = "subspace", "spectral_norm", "weight_norm"  # the longest first
 PATHS = "phases", "resident"  # WEIGHTXFORM_CUDA_PATH: the two ways in which the CUDA kernels are launched
 
-# Layers that fit into one block or not, tall, wide, strided; and a list of all kinds.
-SMALL_CASES = "linear", "prime_wide", "large", "conv_transpose", "v_first_large", "mixed", "two_of_three"
+# Layers that fit into one block or not, tall, wide, strided, and a list of all kinds; projections of every kind.
+SMALL_CASES = (
+    "linear", "prime_wide", "large", "conv_transpose", "v_first_large", "mixed", "two_of_three",
+    "one_hot-shards", "one_hot-more_columns_than_tile", "sparse-toy_tile_64", "block_hadamard-toy_tile_64",
+    "block_hadamard-net_tile_4096", "block_hadamard-shards", "rademacher-net", "gaussian-batch",
+    "fastfood_global_sign-net", "fastfood_stacked_binomial-batch", "toy", "wide", "bfloat16_basis",
+)  # fmt: skip
 
 # The figures that the README asks for come first; "*": whatever is left.
 TIMED = (
@@ -228,15 +234,20 @@ def checks(device: str) -> list[Step]:
     ]
     interpreted = {} if gpu else {"TRITON_INTERPRET": "1"}
     forced = {"WEIGHTXFORM_BACKEND": "triton", **interpreted}
-    steps.append(Step("verify-triton", [*verify, "--backend", "triton"], 170, forced))
     if gpu:
         for path in PATHS:
             steps.append(sanitizer("memcheck", path))
             steps.append(sanitizer("racecheck", path))
         for path in PATHS:
-            steps.append(Step(f"verify-{path}", [*verify, "--backend", "cuda"], 120, {"WEIGHTXFORM_CUDA_PATH": path}))
-    steps.append(Step("verify-reference", [*verify, "--backend", "reference"], 120))
-    steps.append(Step(f"verify-{device}", [*verify, "--backend", device], 120))
+            command = [*verify, "--backend", "cuda", "--op", "spectral_norm_*"]  # the others have one path
+            steps.append(Step(f"verify-{path}", command, 120, {"WEIGHTXFORM_CUDA_PATH": path}))
+    files = {"triton": "weightxform/{}/triton*.py", "cuda": "csrc/{}/cuda*.cu"}
+    for room in ROOMS:
+        for backend in ("triton", "reference", device):
+            if backend not in files or any(ROOT.glob(files[backend].format(room))):
+                command = [*verify, "--backend", backend, "--op", f"{room}_*"]
+                name = f"verify-{backend}-{room.replace('_', '-')}"
+                steps.append(Step(name, command, 170, forced if backend == "triton" else {}))
     return steps
 
 

@@ -22,8 +22,11 @@ struct DenseCommon {
   const void* basis;
   int64_t dim;
   int batch;
-  int lanes;  // threads that share a row; backward: threads side by side
-  bool wide;  // rows of E and of z begin on 16 bytes
+  int lane_bits;  // 2^lane_bits threads share a row; backward: are side by side
+  bool wide;      // rows of E and of z begin on 16 bytes
+
+  __host__ __device__ int lanes() const { return 1 << lane_bits; }
+  __host__ __device__ int rows() const { return kThreads >> lane_bits; }  // at once
 };
 
 template <class C>
@@ -68,7 +71,7 @@ constexpr int kWide = 16 / static_cast<int>(sizeof(E));
 template <int W, int K, class E, class C>
 __device__ void add_products(const E* e, const C* z, const DenseCommon& o, int row, int lane, C (&sum)[K]) {
 #pragma unroll 4
-  for (int64_t j = W * lane; j < o.dim; j += W * o.lanes) {
+  for (int64_t j = W * lane; j < o.dim; j += W * o.lanes()) {
     C a[W];
     load_wide<C, W>(e + j, a);
 #pragma unroll
@@ -81,7 +84,7 @@ __device__ void add_products(const E* e, const C* z, const DenseCommon& o, int r
   }
 }
 
-// o.lanes threads share a row of E, K of the batch share its reading.
+// 2^lane_bits threads share a row of E, K of the batch share its reading.
 template <class E, class C, int K>
 __global__ void __launch_bounds__(kThreads)
     dense(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const C* z) {
@@ -89,9 +92,9 @@ __global__ void __launch_bounds__(kThreads)
   const DensePart& p = table.member_of(blockIdx.x);
   const int64_t begin = static_cast<int64_t>(blockIdx.x - p.first) * kDenseRows;
   const int n = static_cast<int>(min(p.count - begin, int64_t{kDenseRows}));
-  const int lane = static_cast<int>(threadIdx.x) % o.lanes, step = kThreads / o.lanes;
+  const int lane = static_cast<int>(threadIdx.x) & (o.lanes() - 1), step = o.rows();
   for (int from = 0; from < n; from += step) {
-    const int i = from + static_cast<int>(threadIdx.x) / o.lanes;
+    const int i = from + (static_cast<int>(threadIdx.x) >> o.lane_bits);
     const E* e = static_cast<const E*>(o.basis) + (p.row + begin + min(i, n - 1)) * o.dim;
     const C theta0 = load<C>(p.from, p.format, p.same ? 0 : begin + min(i, n - 1));
     for (int row = 0; row < o.batch; row += K) {
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
         add_products<1>(e, z, o, row, lane, sum);
 #pragma unroll
       for (int b = 0; b < K; b++) {
-        for (int offset = o.lanes / 2; offset; offset /= 2) sum[b] += __shfl_xor_sync(0xffffffffu, sum[b], offset);
+        for (int offset = o.lanes() / 2; offset; offset /= 2) sum[b] += __shfl_xor_sync(0xffffffffu, sum[b], offset);
         if (lane == 0 && i < n && row + b < o.batch)
           store(p.to, p.format, (row + b) * p.count + begin + i, theta0 + sum[b]);
       }
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// o.lanes threads have W columns each, side by side, and kThreads / o.lanes rows are under way.
+// 2^lane_bits threads have W columns each, side by side, and o.rows() rows are under way.
 template <class E, class C, int W>
 __global__ void __launch_bounds__(kThreads)
     dense_sums(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const Sums<C> s) {
@@ -118,9 +121,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ C g[kDenseRows];
   __shared__ Total<C> parts[kThreads];
   const DenseCommon& o = table.common;
-  const int lane = static_cast<int>(threadIdx.x) % o.lanes, own = static_cast<int>(threadIdx.x) / o.lanes;
-  const int step = kThreads / o.lanes;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * o.lanes + lane) * W, row = blockIdx.z;
+  const int lane = static_cast<int>(threadIdx.x) & (o.lanes() - 1), own = static_cast<int>(threadIdx.x) >> o.lane_bits;
+  const int step = o.rows();
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * o.lanes() + lane) * W, row = blockIdx.z;
   const E* basis = static_cast<const E*>(o.basis) + column;
   Total<C> total[W];
   const int begin_item = static_cast<int>(blockIdx.y) * s.tiles, end = min(table.items, begin_item + s.tiles);
@@ -154,21 +157,21 @@ __global__ void __launch_bounds__(kThreads)
     parts[threadIdx.x] = total[w];
     __syncthreads();
     if (own != 0 || column >= o.dim) continue;
-    for (int k = 1; k < step; k++) total[w].add(parts[k * o.lanes + lane]);
+    for (int k = 1; k < step; k++) total[w].add(parts[k * o.lanes() + lane]);
     s.slice(blockIdx.y, 0, row)[column + w] = total[w].value();
   }
 }
 
 // The power of two of threads for so many columns.
-inline int lanes_for(int64_t columns, int most) {
-  int lanes = 1;
-  while (lanes < most && lanes < columns) lanes *= 2;
-  return lanes;
+inline int lane_bits_for(int64_t columns, int most) {
+  int bits = 0;
+  while (1 << bits < most && 1 << bits < columns) bits++;
+  return bits;
 }
 
 template <class E, class C>
 void launch_dense(const std::vector<DensePart>& parts, DenseCommon common, const C* z, cudaStream_t stream) {
-  common.lanes = lanes_for(ceil_div<int64_t>(common.dim, kWide<E>), 32);
+  common.lane_bits = lane_bits_for(ceil_div<int64_t>(common.dim, kWide<E>), 32);
   const auto tiles = [](const DensePart& p) { return p.tiles(); };
   for_each_table<kSomeMembers>(parts, common, tiles, [&](const auto& table) {
     const auto kernel = common.batch == 1 ? dense<E, C, 1> : dense<E, C, 4>;
@@ -179,8 +182,8 @@ void launch_dense(const std::vector<DensePart>& parts, DenseCommon common, const
 template <class E, class C>
 Sums<C> launch_dense_sums(const std::vector<DensePart>& parts, DenseCommon common, C* data, cudaStream_t stream) {
   const int width = common.wide ? kWide<E> : 1;
-  common.lanes = lanes_for(ceil_div<int64_t>(common.dim, width), kThreads);
-  const auto columns = static_cast<unsigned>(ceil_div<int64_t>(common.dim, int64_t{width} * common.lanes));
+  common.lane_bits = lane_bits_for(ceil_div<int64_t>(common.dim, width), kThreads);
+  const auto columns = static_cast<unsigned>(ceil_div<int64_t>(common.dim, int64_t{width} << common.lane_bits));
   auto sums = Sums<C>::of_columns(common.dim, data);
   const auto tiles = [](const DensePart& p) { return p.tiles(); };
   const int most = most_column_groups(common.dim);

@@ -15,9 +15,12 @@ namespace wx::gpu::sub {
 
 constexpr int kThreads = WX_SUB_THREADS;  // of a block, at the most
 constexpr int kWarps = kThreads / 32;
-// Blocks that a multiprocessor has at once, by their registers: enough to hide the latency of memory.
-template <class C>
-constexpr int kTogether = sizeof(C) == 8 ? 1 : 3;
+// Blocks that a multiprocessor has at once, by their registers: enough to hide the latency of memory. A kernel that
+// does not know the size of its tile holds more addresses.
+template <class C, int kBits>
+constexpr int kTogether = sizeof(C) == 8 ? 1
+                          : kBits        ? 3
+                                         : 2;
 
 template <class T>
 __host__ __device__ constexpr T ceil_div(T x, T y) {

@@ -104,7 +104,7 @@ __device__ void fold(const Common& o, const C* acc, C* to) {
 }
 
 template <class T, int N, int kBits, bool kHadamard>
-__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
+__global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
     tile_sums(const __grid_constant__ Table<Common, Part<T>, N> table, const Sums<Compute<T>> s) {
   using C = Compute<T>;
   WX_DYNAMIC_SHARED(raw);

@@ -77,7 +77,7 @@ __device__ void write(const Part<T>& p, const Tile& tile, int row, const Held<T,
 }
 
 template <class T, int N, int kBits>
-__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
+__global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
     block_hadamard(const __grid_constant__ Table<Common, Part<T>, N> table, const Compute<T>* zx) {
   using C = Compute<T>;
   WX_DYNAMIC_SHARED(raw);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
 
 // one_hot: the permuted columns of the tile. sparse: their sum over strata.
 template <class T, int N, int kBits>
-__global__ void __launch_bounds__(kThreads, kBits ? kTogether<Compute<T>> : 1)
+__global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
     one_hot(const __grid_constant__ Table<Common, Part<T>, N> table, const Compute<T>* zx) {
   using C = Compute<T>;
   constexpr int P = kPerThread / 2;
