@@ -20,7 +20,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,11 +109,28 @@ def poisoned() -> Iterator[None]:
 
 def allowed_errors(op: Op, case: str, dtype: torch.dtype) -> list[float]:
     """For each output, twice the error of the reference in ``dtype``; for float64 three times (see above)."""
+    return list(standard(op, case, dtype).allowed)
+
+
+class Standard(NamedTuple):
+    """What the outputs of a case are compared with; one for each output."""
+
+    exact: tuple[Tensor, ...]  # float64
+    allowed: tuple[float, ...]
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+@lru_cache(maxsize=32)  # the backends are checked one after another
+def standard(op: Op, case: str, dtype: torch.dtype) -> Standard:
     measured = torch.float32 if dtype == torch.float64 else dtype
     args = make_args(op, case, measured, "cpu")
-    errors = list(map(relative_error, flatten(op.reference(*args)), oracle(op, args)))
+    like, exact = flatten(op.reference(*args)), oracle(op, args)
     factor = FACTOR if measured == dtype else (FACTOR + 1) * torch.finfo(dtype).eps / torch.finfo(measured).eps
-    return [factor * e for e in errors]
+    allowed = tuple(factor * relative_error(*pair) for pair in zip(like, exact, strict=True))
+    if measured != dtype:
+        args = make_args(op, case, dtype, "cpu")
+        like, exact = flatten(op.reference(*args)), oracle(op, args)
+    return Standard(tuple(exact), allowed, tuple((t.shape, t.dtype) for t in like))
 
 
 def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str, call: Callable[..., Any]) -> Result:
@@ -132,19 +151,18 @@ def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str
     with poisoned():
         outputs = flatten(call(*args))
         again = flatten(call(*args))
-    expected = oracle(op, before)
-    allowed = allowed_errors(op, case, dtype)
-    like = flatten(op.reference(*make_args(op, case, dtype, "cpu")))
-
+    expected, allowed, like = standard(op, case, dtype)
     error, bound, failure = 0.0, float("inf"), None
     if not all(map(_same, flatten(args), flatten(before))):
         failure = "an input was written"
     if len(outputs) != len(like):
         failure = failure or f"{len(outputs)} outputs, expected {len(like)}"
     else:
-        for i, (out, ref, exact, share) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
-            if (out.shape, out.dtype, out.device.type) != (ref.shape, ref.dtype, torch.device(device).type):
-                failure = failure or f"output {i} is {_kind(out)}, expected {_kind(ref)}"
+        place = torch.device(device).type
+        for i, (out, kind, exact, share) in enumerate(zip(outputs, like, expected, allowed, strict=True)):
+            if (out.shape, out.dtype, out.device.type) != (*kind, place):
+                there = _kind(out.shape, out.dtype, out.device.type)
+                failure = failure or f"output {i} is {there}, expected {_kind(*kind, place)}"
                 continue
             e = relative_error(out, exact)
             b = share + SLACK * torch.finfo(out.dtype).eps
@@ -158,8 +176,8 @@ def check_case(op: Op, case: str, dtype: torch.dtype, device: torch.device | str
     return Result(op.name, case, name, torch.device(device).type, error, bound, failure)
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device.type}"
+def _kind(shape: torch.Size, dtype: torch.dtype, device: str) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -182,13 +200,13 @@ def verify(ops: Iterable[Op], device: str, backend: str | None, dtypes: Iterable
     """Check every case of ``ops``; one row for each op, backend and dtype. ``backend=None`` checks each one."""
     rows = []
     for op in ops:
-        for name in backends_on(op, device):
-            if backend not in (None, name):
-                continue
-            for dtype in (d for d in dtypes if d in op.dtypes):
-                with backends.backend(name):
-                    results = [_guarded(op, case, dtype, device) for case in op.cases]
-                rows.append(_row(op, name, results))
+        names = [name for name in backends_on(op, device) if backend in (None, name)]
+        kinds = [d for d in dtypes if d in op.dtypes]
+        results: dict[tuple[str, torch.dtype], list[Result]] = {(name, d): [] for name in names for d in kinds}
+        for dtype, case, name in product(kinds, op.cases, names):
+            with backends.backend(name):
+                results[name, dtype].append(_guarded(op, case, dtype, device))
+        rows += [_row(op, name, found) for (name, _), found in results.items()]
     return rows
 
 
