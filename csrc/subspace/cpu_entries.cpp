@@ -19,9 +19,10 @@ struct SignForward {
   WX_INLINE static void body(Key key, int64_t block, uint32_t step, const C* z, int64_t d, int64_t batch, C* sums) {
     using P = Packs<C, Bytes>;
     constexpr int kParts = 32 / P::N, kWords = kParts >= 8 ? 1 : (8 / kParts > 4 ? 4 : 8 / kParts);
+    const SignMasks<C, Bytes> masks;
     alignas(64) uint32_t words[4][kColumns];
     for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
-      draw_lanes<kColumns>(key, kEntry, block, static_cast<uint32_t>(j0), step, true, words);
+      draw_lanes<kColumns, Bytes>(key, kEntry, block, static_cast<uint32_t>(j0), step, true, words);
       const int columns = static_cast<int>(std::min<int64_t>(kColumns, d - j0));
       for (int64_t k = 0; k < batch; k++)
         for (int w0 = 0; w0 < 4; w0 += kWords) {
@@ -35,7 +36,7 @@ struct SignForward {
 #pragma GCC unroll 16
               for (int part = 0; part < kParts; part++) {
                 typename P::F x = value;
-                Flip32<C, Bytes>::apply(x, words[w0 + w][j], part);
+                masks.flip(x, words[w0 + w][j], part);
                 acc[w * kParts + part] = acc[w * kParts + part] + x;
               }
           }
@@ -52,9 +53,10 @@ struct SignBackward {
   WX_INLINE static void body(Key key, int64_t block, uint32_t step, const C* g, int64_t d, int64_t batch, C* sums) {
     using P = Packs<C, Bytes>;
     constexpr int kParts = kSums / P::N;
+    const SignMasks<C, Bytes> masks;
     alignas(64) uint32_t words[4][kColumns];
     for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
-      draw_lanes<kColumns>(key, kEntry, block, static_cast<uint32_t>(j0), step, true, words);
+      draw_lanes<kColumns, Bytes>(key, kEntry, block, static_cast<uint32_t>(j0), step, true, words);
       const int columns = static_cast<int>(std::min<int64_t>(kColumns, d - j0));
       for (int64_t k = 0; k < batch; k++)
         for (int j = 0; j < columns; j++) {
@@ -65,7 +67,7 @@ struct SignBackward {
 #pragma GCC unroll 8
             for (int c = 0; c < kRows / kSums; c++) {
               get(x, g + k * kRows + c * kSums + part * P::N);
-              Flip32<C, Bytes>::apply(x, words[c / 2][j], c % 2 * kParts + part);
+              masks.flip(x, words[c / 2][j], c % 2 * kParts + part);
               sum = sum + x;
             }
             get(before, to + part * P::N);
@@ -76,26 +78,31 @@ struct SignBackward {
   }
 };
 
-template <class C>
-WX_INLINE void coin_column(Key key, int64_t block, uint32_t step, int64_t j, C (*values)[32]) {
+// Column j of 128 rows, row 4 l + w at [32 w + l].
+template <class C, int Bytes>
+WX_INLINE void coin_column(Key key, int64_t block, uint32_t step, int64_t j, C* values) {
   alignas(64) uint32_t words[4][32];
-  draw_lanes<32>(key, kEntry, block * 32, static_cast<uint32_t>(j), step, false, words);
-  for (int w = 0; w < 4; w++)
-    for (int l = 0; l < 32; l++) values[w][l] = static_cast<C>(coins(words[w][l]));
+  draw_lanes<32, Bytes>(key, kEntry, block * 32, static_cast<uint32_t>(j), step, false, words);
+  const uint32_t* all = words[0];
+  for (int i = 0; i < kRows; i++) values[i] = static_cast<C>(coins(all[i]));
 }
 
 template <class C>
 struct CoinForward {
   template <int Bytes>
   WX_INLINE static void body(Key key, int64_t block, uint32_t step, const C* z, int64_t d, int64_t batch, C* sums) {
-    alignas(64) C values[4][32];
+    using P = Packs<C, Bytes>;
+    alignas(64) C values[kRows];
     for (int64_t j = 0; j < d; j++) {
-      coin_column(key, block, step, j, values);
-      for (int64_t k = 0; k < batch; k++) {
-        C* to = sums + k * kRows;
-        const C value = z[k * d + j];
-        for (int i = 0; i < kRows; i++) to[i] += values[i / 32][i % 32] * value;
-      }
+      coin_column<C, Bytes>(key, block, step, j, values);
+      for (int64_t k = 0; k < batch; k++)
+        for (int i = 0; i < kRows; i += P::N) {
+          typename P::F value, sum;
+          get(value, values + i);
+          get(sum, sums + k * kRows + i);
+          sum = sum + value * z[k * d + j];
+          put(sums + k * kRows + i, sum);
+        }
     }
   }
 };
@@ -104,18 +111,22 @@ template <class C>
 struct CoinBackward {
   template <int Bytes>
   WX_INLINE static void body(Key key, int64_t block, uint32_t step, const C* g, int64_t d, int64_t batch, C* sums) {
-    alignas(64) C values[4][32];
+    using P = Packs<C, Bytes>;
+    alignas(64) C values[kRows];
     for (int64_t j = 0; j < d; j++) {
-      coin_column(key, block, step, j, values);
-      for (int64_t k = 0; k < batch; k++) {
-        const C* from = g + k * kRows;
-        C* to = sums + (k * d + j) * kSums;
-        C sum[kSums] = {};
-        for (int c = 0; c < 2; c++)
-          for (int w = 0; w < 4; w++)
-            for (int l = 0; l < kSums; l++) sum[l] += values[w][c * kSums + l] * from[w * 32 + c * kSums + l];
-        for (int l = 0; l < kSums; l++) to[l] += sum[l];
-      }
+      coin_column<C, Bytes>(key, block, step, j, values);
+      for (int64_t k = 0; k < batch; k++)
+        for (int l = 0; l < kSums; l += P::N) {
+          typename P::F value, x, sum = {}, before;
+          for (int row = l; row < kRows; row += kSums) {
+            get(value, values + row);
+            get(x, g + k * kRows + row);
+            sum = sum + value * x;
+          }
+          C* to = sums + (k * d + j) * kSums + l;
+          get(before, to);
+          put(to, before + sum);
+        }
     }
   }
 };

@@ -80,7 +80,7 @@ struct Coins {
   WX_INLINE static void body(Key key, int64_t base, uint32_t step, C* x, int64_t from, int64_t to) {
     alignas(64) uint32_t words[4][32];
     C values[128];
-    draw_lanes<32>(key, kFfG, base / 4, 1, step, false, words);
+    draw_lanes<32, Bytes>(key, kFfG, base / 4, 1, step, false, words);
     for (int l = 0; l < 32; l++)
       for (int w = 0; w < 4; w++) values[4 * l + w] = static_cast<C>(coins(words[w][l]));
     for (int64_t i = from; i < to; i++) x[i] = values[i] * x[i];

@@ -15,36 +15,67 @@ WX_INLINE Words draw(Key key, Stream stream, int64_t pos, uint32_t column, uint3
   return philox(key, static_cast<uint32_t>(pos), stream << 24 | static_cast<uint32_t>(pos >> 32), column, step);
 }
 
-// N draws at once, word w of draw l in out[w][l]: either N positions, or one position and N columns.
-template <int N>
+// The products of the lower halves of 64-bit lanes: what vectors have an instruction for, and compilers do not find.
+template <int Bytes, class V>
+WX_INLINE void multiply_low(V& product, const V& a, const V& b) {
+#if defined(__x86_64__) && defined(__gnu_linux__)
+  if constexpr (Bytes > 16)
+    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
+  else
+    product = reinterpret_cast<V>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  product = (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+// N draws at once, word w of draw l in out[w][l]: either N positions, or one position and N columns. A word stands in
+// the lower half of a 64-bit lane; what is in the upper half does not matter.
+template <int N, int Bytes>
 WX_INLINE void draw_lanes(Key key, Stream stream, int64_t pos, uint32_t column, uint32_t step, bool along_columns,
                           uint32_t (*out)[N]) {
-  uint32_t* c0 = out[0];
-  uint32_t* c1 = out[1];
-  uint32_t* c2 = out[2];
-  uint32_t* c3 = out[3];
-  const auto high = static_cast<uint32_t>(pos >> 32);
-  const auto low = static_cast<uint32_t>(pos);
-  for (int l = 0; l < N; l++) {
-    const uint32_t at = along_columns ? low : low + l;
-    c0[l] = at;
-    c1[l] = stream << 24 | (high + (at < low));
-    c2[l] = along_columns ? column + l : column;
-    c3[l] = step;
-  }
-  uint32_t k0 = key.k0, k1 = key.k1;
-  for (int round = 0; round < 10; round++) {
-#pragma GCC unroll 1  // unrolled, it is not vectorised
-    for (int l = 0; l < N; l++) {
-      const uint64_t p = uint64_t{0xD2511F53} * c0[l], q = uint64_t{0xCD9E8D57} * c2[l];
-      const uint32_t n0 = static_cast<uint32_t>(q >> 32) ^ c1[l] ^ k0, n2 = static_cast<uint32_t>(p >> 32) ^ c3[l] ^ k1;
-      c1[l] = static_cast<uint32_t>(q);
-      c3[l] = static_cast<uint32_t>(p);
-      c0[l] = n0;
-      c2[l] = n2;
+  using V = typename Pack<uint64_t, Bytes>::V;
+  constexpr int kLanes = Bytes / 8, kAtOnce = Bytes == 64 ? 4 : 2;
+  const V a = V{} + 0xD2511F53u, b = V{} + 0xCD9E8D57u;
+  for (int first = 0; first < N; first += kAtOnce * kLanes) {
+    alignas(64) uint64_t counters[4][kAtOnce * kLanes];
+    for (int i = 0; i < kAtOnce * kLanes; i++) {
+      const auto l = static_cast<uint64_t>(first + i), at = static_cast<uint64_t>(pos) + (along_columns ? 0 : l);
+      counters[0][i] = at;
+      counters[1][i] = (at >> 32) | (static_cast<uint64_t>(stream) << 24);
+      counters[2][i] = along_columns ? column + l : column;
+      counters[3][i] = step;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    V c0[kAtOnce], c1[kAtOnce], c2[kAtOnce], c3[kAtOnce];
+    for (int k = 0; k < kAtOnce; k++) {
+      get(c0[k], counters[0] + k * kLanes);
+      get(c1[k], counters[1] + k * kLanes);
+      get(c2[k], counters[2] + k * kLanes);
+      get(c3[k], counters[3] + k * kLanes);
+    }
+    uint32_t k0 = key.k0, k1 = key.k1;
+    for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kAtOnce; k++) {
+        V p, q;
+        multiply_low<Bytes>(p, a, c0[k]);
+        multiply_low<Bytes>(q, b, c2[k]);
+        c0[k] = (q >> 32) ^ c1[k] ^ k0;
+        c2[k] = (p >> 32) ^ c3[k] ^ k1;
+        c1[k] = q;
+        c3[k] = p;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    using Half = typename Pack<uint32_t, Bytes / 2>::V;
+#pragma GCC unroll 4
+    for (int k = 0; k < kAtOnce; k++) {
+      const int at = first + k * kLanes;
+      put(out[0] + at, __builtin_convertvector(c0[k], Half));
+      put(out[1] + at, __builtin_convertvector(c1[k], Half));
+      put(out[2] + at, __builtin_convertvector(c2[k], Half));
+      put(out[3] + at, __builtin_convertvector(c3[k], Half));
+    }
   }
 }
 
@@ -53,7 +84,7 @@ struct SignChunk {
   template <int Bytes>
   WX_INLINE static void body(Key key, Stream stream, int64_t chunk, uint32_t column, uint32_t step, uint32_t* words) {
     alignas(64) uint32_t out[4][32];
-    draw_lanes<32>(key, stream, chunk * 32, column, step, false, out);
+    draw_lanes<32, Bytes>(key, stream, chunk * 32, column, step, false, out);
     for (int l = 0; l < 32; l++)
       for (int w = 0; w < 4; w++) words[4 * l + w] = out[w][l];
   }

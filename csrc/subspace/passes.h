@@ -84,20 +84,18 @@ struct Finish {
         }
         x = x * s;
         masks.flip(x, signs[i >> 5], l / P::N);
-        if constexpr (kSame) {
-          get(theta, t0 + i + l);
-          theta = theta + x;
-          if (past)
-            put_past(out + i + l, theta);
-          else
-            put(out + i + l, theta);
-        } else {
-          put(y + l, x);
-        }
+        get_as<C, Bytes>(theta, t0 + i + l);
+        theta = theta + x;
+        if constexpr (!kSame)
+          put(y + l, theta);
+        else if (past)
+          put_past(out + i + l, theta);
+        else
+          put(out + i + l, theta);
       }
       if constexpr (!kSame) {
         alignas(64) T theta[32];
-        for (int l = 0; l < 32; l++) narrow(static_cast<C>(widen(t0[i + l])) + y[l], theta[l]);
+        for (int l = 0; l < 32; l++) narrow(y[l], theta[l]);
         typename Pack<uint64_t, Bytes>::V v;
         for (int b = 0; b < 64; b += Bytes) {
           __builtin_memcpy(&v, reinterpret_cast<const char*>(theta) + b, Bytes);
@@ -121,16 +119,16 @@ struct Begin {
   template <int Bytes>
   WX_INLINE static void body(C* q, const uint32_t* signs, C s, const T* g, int64_t begin, int64_t end) {
     using P = Packs<C, Bytes>;
+    const SignMasks<C, Bytes> masks;
     int64_t i = begin;
     for (; i < end && i % 32; i++) q[i] = flip(static_cast<C>(widen(g[i - begin])) * s, sign_at(signs, i));
     for (; i + 32 <= end; i += 32) {
-      alignas(64) C x[32];
-      for (int l = 0; l < 32; l++) x[l] = static_cast<C>(widen(g[i - begin + l])) * s;
       for (int part = 0; part < 32 / P::N; part++) {
-        typename P::F v;
-        get(v, x + part * P::N);
-        Flip32<C, Bytes>::apply(v, signs[i >> 5], part);
-        put(q + i + part * P::N, v);
+        typename P::F x;
+        get_as<C, Bytes>(x, g - begin + i + part * P::N);
+        x = x * s;
+        masks.flip(x, signs[i >> 5], part);
+        put(q + i + part * P::N, x);
       }
     }
     for (; i < end; i++) q[i] = flip(static_cast<C>(widen(g[i - begin])) * s, sign_at(signs, i));
@@ -145,6 +143,7 @@ struct Flipped {
   template <int Bytes>
   WX_INLINE static void body(C* to, const C* from, const uint32_t* signs, int64_t begin, int64_t end) {
     using P = Packs<C, Bytes>;
+    const SignMasks<C, Bytes> masks;
     to -= begin;
     from -= begin;
     int64_t i = begin;
@@ -153,7 +152,7 @@ struct Flipped {
       for (int part = 0; part < 32 / P::N; part++) {
         typename P::F x, sum;
         get(x, from + i + part * P::N);
-        Flip32<C, Bytes>::apply(x, signs[i >> 5], part);
+        masks.flip(x, signs[i >> 5], part);
         if constexpr (Add) {
           get(sum, to + i + part * P::N);
           x = sum + x;

@@ -109,7 +109,7 @@ struct SignBits {
   }
 };
 
-// The same for each vector of 32 numbers, kept.
+// The same for each vector of 32 numbers: flip(x, word, part) flips the signs of vector `part` as the word says.
 template <class C, int Bytes>
 struct SignMasks {
   using P = Packs<C, Bytes>;
@@ -123,21 +123,6 @@ struct SignMasks {
     typename P::U m;
     bits[part].at(m, word);
     x = reinterpret_cast<typename P::F>(reinterpret_cast<typename P::U>(x) ^ m);
-  }
-};
-
-// Vector `part` of 32 numbers with the signs of one word flipped.
-template <class C, int Bytes>
-struct Flip32 {
-  using P = Packs<C, Bytes>;
-  using F = typename P::F;
-  using U = typename P::U;
-  static constexpr int kParts = 32 / P::N;
-
-  WX_INLINE static void apply(F& x, uint32_t word, int part) {
-    U m;
-    SignBits<C, Bytes>(part * P::N).at(m, word);
-    x = reinterpret_cast<F>(reinterpret_cast<U>(x) ^ m);
   }
 };
 
