@@ -214,7 +214,7 @@ def compiled(build: Build) -> tuple[int, int, int]:
     if "subspace" in kernel.fn.__module__:
         options["enable_fp_fusion"] = False
     if kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries")):
-        options["maxnreg"] = subspace_launch.REGISTERS
+        options |= subspace_launch.REGISTERS
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

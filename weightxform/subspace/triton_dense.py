@@ -19,8 +19,8 @@ def forward(
     plan, pointers, z, basis, at: tl.int64, rows: tl.int64, dim, T: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """theta of ROWS elements, one member of the batch."""
-    b = tl.program_id(0).to(tl.int64)
-    member, chunk = entry_of(plan, at + tl.program_id(1))
+    b = tl.program_id(1).to(tl.int64)
+    member, chunk = entry_of(plan, at + tl.program_id(0))
     row, addresses = plan + rows + member * FIELDS, pointers + 2 * member
     count = tl.load(row + COUNT)
     i = chunk * ROWS + tl.arange(0, ROWS)

@@ -47,7 +47,7 @@ def forward(z: Tensor, basis: Tensor, theta0: Sequence[Tensor], rows: Sequence[i
         with _on(call.device):
             kernels = module("dense", call.device)
             table = call.table(kernels.ROWS.value)
-            kernels.forward[(call.K, table.work.programs)](
+            kernels.forward[(table.work.programs, call.K)](
                 table.table, call.pointers(), z.contiguous(), basis.contiguous(), table.work.at, table.rows, call.d,
                 **call.types, num_warps=WARPS,
             )  # fmt: skip

@@ -191,9 +191,9 @@ def backward(
     dim: tl.int32, T: tl.constexpr, C: tl.constexpr, SIGNS: tl.constexpr, KB: tl.constexpr, REDRAWN: tl.constexpr,
 ):  # fmt: skip
     """The sums of ``each`` chunks, for COLUMNS columns and KB members: acc [programs, batch, dim], float64."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2) * KB
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     word = step_word(step, REDRAWN)
     n = program * each
     end = tl.minimum(n + each, work)

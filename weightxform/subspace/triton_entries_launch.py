@@ -20,7 +20,7 @@ def _options(call: Call, like: Tensor, most: int) -> tuple[Tensor, dict[str, Any
     together = 1 if call.K == 1 else most  # of the batch: as many as their sums find registers
     return step, dict(
         call.types, SIGNS=call.kind == "rademacher", KB=together, num_warps=warps(together, call.compute),
-        maxnreg=REGISTERS,
+        **REGISTERS,
         enable_fp_fusion=False, **redrawn,
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     programs = ceil(work, each)
     acc = z_bar.new_empty((programs, call.K, call.d), dtype=torch.float64)
     step, options = _options(call, z_bar, 1 if call.kind == "rademacher" else 2)
-    kernels.backward[(programs, ceil(call.d, kernels.COLUMNS.value), ceil(call.K, options["KB"]))](
+    kernels.backward[(ceil(call.d, kernels.COLUMNS.value), programs, ceil(call.K, options["KB"]))](
         table.table, call.pointers(), acc, step, table.work.at, work, table.rows, each, call.K, call.d, **options
     )
     finished(call, table, acc, c, z_bar, 0, 1)

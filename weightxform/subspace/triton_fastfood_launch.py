@@ -10,7 +10,7 @@ from torch import Tensor
 from .triton_launch import WARPS, Call, ceil, module, type_of
 
 FUSION = {"enable_fp_fusion": False}
-PARTS = 1 << 16  # of the sums of the backward: so many numbers are summed at once, if there are
+PARTS = 1 << 15  # of the sums of the backward: so many numbers are summed at once, if there are
 
 
 class _Sizes:

@@ -24,7 +24,9 @@ from . import op
 from .reference import ENTRYWISE, FASTFOOD, KINDS, Row
 
 WARPS = 8
-REGISTERS = 255  # said aloud: otherwise ptxas spills a few to have more programs on a processor
+# Said aloud: otherwise ptxas spills a few to have more programs on a processor.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+MOST = 65535  # programs along the second and third axis of a grid
 
 
 def _check(ok: bool, what: str) -> None:
@@ -145,6 +147,10 @@ def _call(
     _check(
         64 <= tile <= 1 << 14 and tile & (tile - 1) == 0, f"tile must be a power of two from 64 to 16384, got {tile}"
     )
+    _check(batch <= MOST and strata <= MOST, f"the Triton kernels take at most {MOST} members of a batch, or strata")
+    _check(d + strata * tile < 2**31, "dim + strata tile must be less than 2^31 for the Triton kernels")
+    large = kind.startswith("fastfood_global") and int(layout[:, 0].sum()) > 1 << 30
+    _check(not large, "fastfood_global takes at most 2^30 elements")
     if c is not None:
         _check(c.shape == (d,) and c.dtype == opmath(dtype) and c.device == device, "c must be [d], as z")
     if step is not None:
@@ -217,7 +223,7 @@ def _other(call: Call, way: str) -> Any:
 def _tile_options(call: Call, table: Any) -> dict[str, Any]:
     return dict(
         call.types, TILE=call.tile, LOG=call.tile.bit_length() - 1, PACKED=call.packed, BIG=table.wide,
-        ALIGNED=call.aligned(), num_warps=WARPS, maxnreg=REGISTERS, enable_fp_fusion=False,
+        ALIGNED=call.aligned(), num_warps=WARPS, **REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
