@@ -374,19 +374,6 @@ def test_scalar_weights(kind, backend):
         assert_close(torch.autograd.grad(outs[2], theta0[2])[0], torch.ones((), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["block_hadamard", "one_hot", "sparse"])
-def test_same_bits_for_any_number_of_threads(kind):
-    sizes = {"a": 200_003, "b": 150_001, "c": 7}
-    p = implicit(kind, sizes, 1000)
-    z, weights = torch.randn(1000), [torch.randn(n) for n in sizes.values()]
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append([*p.project(z, weights, range(3)), p.adjoint(weights, range(3))])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 @every
 def test_shards_make_up_the_whole(kind):
     """Rows of a tensor from firsts on, as a rank computes them; the sum of the ranks' z_bar is z_bar."""

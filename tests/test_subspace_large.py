@@ -1,10 +1,11 @@
-"""Tensors of up to 2^56 elements, a shard of them at a time: positions and windows beyond 32 bits."""
+"""Large tensors: several threads, and a shard at a time positions and windows beyond 32 bits."""
 
 from __future__ import annotations
 
 import pytest
 import subspace_oracle as oracle
 import torch
+from subspace_models import implicit
 from torch.testing import assert_close
 
 import weightxform as wx
@@ -55,3 +56,16 @@ def test_rows_far_out(kind, d, packed, first, backend):
     P = rows(kind, first, count, d, tile, packed, start)
     assert_close(theta, P @ z, rtol=1e-12, atol=1e-12)
     assert_close(z_bar, P.T @ g, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["block_hadamard", "one_hot", "sparse"])
+def test_same_bits_for_any_number_of_threads(kind):
+    sizes = {"a": 200_003, "b": 150_001, "c": 7}
+    p = implicit(kind, sizes, 1000)
+    z, weights = torch.randn(1000), [torch.randn(n) for n in sizes.values()]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append([*p.project(z, weights, range(3)), p.adjoint(weights, range(3))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

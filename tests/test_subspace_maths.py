@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from subspace_models import EXACT, SMALL, TOY, apply, implicit, matrix, transpose
 from torch.testing import assert_close
 
+import weightxform as wx
+from weightxform import backends
 from weightxform.subspace import philox as draw
 from weightxform.subspace.adapter import fingerprint
 from weightxform.subspace.plan import in_order, make_plan, plain_name, tensor_key
@@ -60,6 +62,13 @@ SEVEN_TENSORS = [
 ]
 
 
+@pytest.fixture(params=[name for name in backends.available("subspace_fwd") if name in ("cpu", "reference")])
+def backend(request):
+    with wx.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("kind", "d", "expected"), ONE_TENSOR)
 def test_golden_one_tensor(kind, d, expected):
     p = implicit(kind, {"a.weight": 45}, d)
@@ -68,6 +77,7 @@ def test_golden_one_tensor(kind, d, expected):
     assert hexadecimal(theta[:6]) == expected
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("kind", "name", "key", "o", "first", "last"), SEVEN_TENSORS)
 def test_golden_seven_tensors(kind, name, key, o, first, last):
     p = implicit(kind)
@@ -218,6 +228,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("kind", "case"), [(k, c) for k in KINDS for c in range(len(CASES)) if c or k not in FASTFOOD])
 def test_against_the_oracle(kind, case):
     """Every entry of P, and P' from the backward; P in float32 agrees with that in float64 to rounding."""
