@@ -113,9 +113,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// 2^lane_bits threads have W columns each, side by side, and o.rows() rows are under way.
+// 2^lane_bits threads have W columns each, side by side, and o.rows() rows are under way. With the two blocks the
+// compiler is told that it has registers: it spills to have eight.
 template <class E, class C, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     dense_sums(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const Sums<C> s) {
   constexpr int kAtOnce = 8;  // rows summed in C before float64 takes over
   __shared__ C g[kDenseRows];
@@ -135,8 +136,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < n; i += kThreads)
       g[i] = load<C>(p.from, p.format, p.same ? 0 : row * p.count + begin + i);
     __syncthreads();
-    if (column >= o.dim) continue;
-    for (int from = own; from < n; from += kAtOnce * step) {
+    for (int from = column < o.dim ? own : n; from < n; from += kAtOnce * step) {
       C sum[W] = {};
 #pragma unroll
       for (int k = 0; k < kAtOnce; k++) {
@@ -156,9 +156,11 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     parts[threadIdx.x] = total[w];
     __syncthreads();
-    if (own != 0 || column >= o.dim) continue;
-    for (int k = 1; k < step; k++) total[w].add(parts[k * o.lanes() + lane]);
-    s.slice(blockIdx.y, 0, row)[column + w] = total[w].value();
+    if (own == 0 && column < o.dim) {
+#pragma unroll 1
+      for (int k = 1; k < step; k++) total[w].add(parts[k * o.lanes() + lane]);
+      s.slice(blockIdx.y, 0, row)[column + w] = total[w].value();
+    }
   }
 }
 
