@@ -83,8 +83,9 @@ class SubspaceProblem(Problem):
         self.z = self.randn(c.dim) * (size / c.dim**0.5)
         if c.kind in STORED:
             basis = torch.empty(c.total, c.dim, dtype=STORED[c.kind], device=self.device)
-            for part in basis.split(1 << 16):  # columns of norm 1
-                part.copy_(self.randn(*part.shape) / c.total**0.5)
+            block = self.randn(min(c.total, 1 << 12), c.dim) / c.total**0.5  # columns of norm 1
+            for part in basis.split(len(block)):  # rows of their own scales: random numbers take long
+                torch.mul(block[: len(part)], self.randn(len(part), 1), out=part)
             self.projection = subspace.Dense(basis)
         else:
             self.projection = PROJECTIONS[c.kind](**({} if c.tile is None else {"tile": c.tile}))
