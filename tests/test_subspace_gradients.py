@@ -197,6 +197,9 @@ def test_tensor_by_tensor(monkeypatch):
     wx.project_gradients(model, proj)
     assert (calls.backward_calls, calls.backwards) == (1, 4)
     assert (calls.forward_calls, calls.forwards) == (4, 4)
+    backward(model)  # one that transforms all weights together does so once
+    wx.project_gradients(model, wx.SubspaceProjection(model, 11, "fastfood"))
+    assert (calls.backward_calls, calls.forward_calls) == (2, 5)
 
 
 def test_sparse_gradients():

@@ -103,12 +103,20 @@ class SubspaceProjection:
 
     @torch.no_grad()
     def project_(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Write P P' g over the gradients, tensor by tensor, and return P' g, [dim]."""
+        """Write P P' g over the gradients and return P' g, [dim].
+
+        Tensor by tensor, but for the kinds that compute all rows at once (``fastfood``, ``kronecker``).
+        """
         z = self.coordinates_of(gradients)
         rows = {name: k for k, name in enumerate(self._map.names)}
-        for name, g in gradients.items():
-            nothing = g.new_zeros(()).expand(g.shape)  # takes no memory
-            g.copy_(self._map.project(z, [nothing], [rows[name]], None, self._step(g.device))[0])
+        for group in [[name] for name in gradients] if self.projection.shards else _alike(gradients):
+            targets = [gradients[name] for name in group]
+            nothing = [g.new_zeros(()).expand(g.shape) for g in targets]  # takes no memory
+            step = self._step(targets[0].device)
+            for g, projected in zip(
+                targets, self._map.project(z, nothing, [rows[n] for n in group], None, step), strict=True
+            ):
+                g.copy_(projected)
         return z
 
 

@@ -273,7 +273,7 @@ class Subspace(nn.Module):
         parameters = self._parameters  # asked at every read of a weight
         tensors: Any = (parameters["coordinates"], parameters["scales"], self._buffers["step"])
         state = tuple([t for t in tensors if t is not None])
-        if type(state[0]) is nn.Parameter and not torch.compiler.is_compiling():
+        if type(state[0]) is nn.Parameter:
             facts = [(t.data_ptr(), t.requires_grad) for t in state]
             if facts != self._facts:  # z.data = x, vector_to_parameters, requires_grad_(): no version counter sees them
                 bump(state)
@@ -282,7 +282,8 @@ class Subspace(nn.Module):
 
     def _compute(self, members: Sequence[int], raws: Sequence[Tensor]) -> list[Tensor]:
         """theta of these members."""
-        self._state()  # what it notices must be noted before the computation
+        if not torch.compiler.is_compiling():
+            self._state()  # what it notices must be noted before the computation
         if self.scales is None:
             return self._maps[0].project(self.coordinates, raws, [self._rows[m] for m in members], None, self.step)
         outs = []
