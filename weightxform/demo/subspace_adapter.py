@@ -22,7 +22,7 @@ from .subspace_task import LENET, RATE, Digits, accuracy, lenet, rate_for, train
 
 DIM = 750
 LARGEST = 8192  # bytes of the adapter
-GAIN = 0.5  # of what full fine-tuning gains
+GAIN = 0.75  # of what full fine-tuning gains; four seeds: 0.91 to 0.97
 
 
 def sha256(logits: Tensor) -> str:

@@ -19,15 +19,17 @@ KINDS = ("block_hadamard", "one_hot", "fastfood", "sparse")
 DIM = 750  # of the steps that are timed
 
 
+DIMS = {"MLP": (100, 200, 500, 750, 2000), "LeNet": (50, 100, 290, 500, 1000)}
+FEW = {"MLP": (200, 750, 2000), "LeNet": (100, 290, 1000)}  # of the other projections
+FEWER = {"MLP": (200, 2000), "LeNet": (100, 1000)}  # in the quick run
+
+
 def plans(settings: Settings) -> dict[str, curve.Plan]:
-    """``few``: two of ``dims``, or three: the last is among them."""
     length = settings.steps or (250 if settings.quick else 800)
     seeds = [settings.seed + k for k in range(1 if settings.quick else 3)]
     kinds = KINDS if settings.quick else (*KINDS, "rademacher")
-    tolerance = 0.2 if settings.quick else 0.1
-    dims = {"MLP": (100, 200, 500, 750, 1500), "LeNet": (50, 100, 290, 500, 1000)}
-    few = {name: found[1::3] if settings.quick else found[::2] for name, found in dims.items()}
-    return {name: curve.Plan(length, seeds, dims[name], few[name], kinds, tolerance) for name in dims}
+    few, tolerance = (FEWER, 0.2) if settings.quick else (FEW, 0.1)
+    return {name: curve.Plan(length, seeds, DIMS[name], few[name], kinds, tolerance) for name in DIMS}
 
 
 def why(plan: curve.Plan) -> str:
