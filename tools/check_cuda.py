@@ -57,6 +57,7 @@ BUDGETS = (
         STATIC_SHARED,
         "a thread has 16 numbers of the tile and of theta0, two registers each",
     ),
+    Budget("one_hot<double>", 256, 1, STATIC_SHARED, "eight of each, and the permutation of each"),
     Budget("tile_sums<double>", 256, 1, STATIC_SHARED, "the same, and the next gradient under way"),
     Budget("*", 256, 2, STATIC_SHARED, "streams from memory: 512 threads must be there to hide its latency"),
 )

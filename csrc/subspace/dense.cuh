@@ -70,7 +70,7 @@ constexpr int kWide = 16 / static_cast<int>(sizeof(E));
 
 template <int W, int K, class E, class C>
 __device__ void add_products(const E* e, const C* z, const DenseCommon& o, int row, int lane, C (&sum)[K]) {
-#pragma unroll 4
+#pragma unroll(K == 1 ? 4 : 1)
   for (int64_t j = W * lane; j < o.dim; j += W * o.lanes()) {
     C a[W];
     load_wide<C, W>(e + j, a);
@@ -86,7 +86,7 @@ __device__ void add_products(const E* e, const C* z, const DenseCommon& o, int r
 
 // 2^lane_bits threads share a row of E, K of the batch share its reading.
 template <class E, class C, int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     dense(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const C* z) {
   const DenseCommon& o = table.common;
   const DensePart& p = table.member_of(blockIdx.x);
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// 2^lane_bits threads have W columns each, side by side, and o.rows() rows are under way. With the two blocks the
-// compiler is told that it has registers: it spills to have eight.
+// 2^lane_bits threads have W columns each, side by side, and o.rows() rows are under way.
 template <class E, class C, int W>
 __global__ void __launch_bounds__(kThreads, 2)
     dense_sums(const __grid_constant__ Table<DenseCommon, DensePart, kSomeMembers> table, const Sums<C> s) {

@@ -15,6 +15,9 @@ namespace wx::gpu::sub {
 
 constexpr int kThreads = WX_SUB_THREADS;  // of a block, at the most
 constexpr int kWarps = kThreads / 32;
+// A second argument of __launch_bounds__ also says that registers may be used: without one some kernels spill, so that
+// more blocks fit than are of use.
+//
 // Blocks that a multiprocessor has at once, by their registers: enough to hide the latency of memory. A kernel that
 // does not know the size of its tile holds more addresses.
 template <class C, int kBits>

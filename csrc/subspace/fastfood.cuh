@@ -100,7 +100,7 @@ struct Pass {
 };
 
 template <class V, class From, class To>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     hadamard_pass(const Pass pass, const int64_t count, const Fastfood f, const From from, const To to) {
   __shared__ V x[(1 << kFastBits) + (1 << (kFastBits - 4))];
   __shared__ uint32_t words[1 << (kFastBits - 5)];

@@ -92,7 +92,7 @@ struct Total {
 // z_bar_k = fl(c_k sum), float64 sums over the groups in their order. A block has 32 columns, a warp takes every
 // kWarps-th group of them.
 template <class S, class C>
-__global__ void __launch_bounds__(kThreads) add_groups(const Sums<S> s, const Common o, const C* c, C* z_bar) {
+__global__ void __launch_bounds__(kThreads, 2) add_groups(const Sums<S> s, const Common o, const C* c, C* z_bar) {
   __shared__ Total<C> parts[kThreads];
   const int64_t k = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32, row = blockIdx.y;
   Total<C> sum;
