@@ -197,7 +197,7 @@ def picture(path: Path, curves: Sequence[Curve]) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(visible=False)
     axes[0][0].set_ylabel("accuracy on 1,000 test digits")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="center right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

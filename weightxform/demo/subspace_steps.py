@@ -130,7 +130,7 @@ def losses_check(digits: Digits, seed: int, steps: int) -> tuple[list[Check], di
     alike = Check(
         "losses equal the plain torch wrapper's, float64",
         max(worst.values()) <= limit,
-        f"LeNet, d={EXACT_DIM}, {steps} steps from {reference[0]:.3f} to {reference[-1]:.3f}: {facts} (limit {limit:.0e})",
+        f"LeNet, d={EXACT_DIM}, {steps} steps, {reference[0]:.2f} to {reference[-1]:.2f}: {facts} (limit {limit:.0e})",
     )
     only = Check(
         "the optimizer has state for the coordinates only",
