@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
   for (int64_t i = threadIdx.x; i < s.places; i += blockDim.x) acc[i] = 0;
 
   Walk<T, N> walk(table, s, group, range);
-  Held<T, kPerThread> held;  // of the next tile, under way while this one is worked on
+  Held<T, kPerThread> held;  // of the next tile, under way while this one is worked on; not where registers are short
   const auto load = [&](int item) {
-    if (item < 0 || own >= n) return;
+    if (!kBits || item < 0 || own >= n) return;
     const Part<T>& p = table.member_of(item);
     held.load(p, Tile(o, p, item - p.first), row, own, n);
   };
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
       __syncthreads();
       const C factor = kHadamard ? scaled(p.factor, bits) : p.factor;
       for (int q = own; q < n; q += blockDim.x) {
-        if (q != own) held.load(p, tile, row, q, n);
+        if (!kBits || q != own) held.load(p, tile, row, q, n);
 #pragma unroll
         for (int k = 0; k < kPerThread; k++) {
           const int j = q + k * n;
