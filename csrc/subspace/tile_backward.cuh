@@ -13,32 +13,20 @@ class Walk {
       : table_(table), low_(range * s.width), high_(low_ + s.width), all_(s.ranges == 1) {
     next_ = group * s.tiles;
     end_ = min(table.items, next_ + s.tiles);
-    base_ = next_ - static_cast<int>(blockDim.x);
   }
 
-  // -1 after the last.
+  // -1 after the last. Every warp looks for itself: what the threads do next must not hang on shared memory.
   __device__ int next() {
     if (all_) return next_ < end_ ? next_++ : -1;
-    __shared__ uint32_t hits[kWarps];
-    while (true) {
-      while (warp_ < warps()) {
-        if (mask_) {
-          const int lane = __ffs(static_cast<int>(mask_)) - 1;
-          mask_ &= mask_ - 1;
-          return base_ + 32 * warp_ + lane;
-        }
-        if (++warp_ < warps()) mask_ = hits[warp_];
-      }
-      base_ += blockDim.x;
-      if (base_ >= end_) return -1;
-      const int item = base_ + threadIdx.x;
-      const uint32_t found = __ballot_sync(0xffffffffu, item < end_ && touches(item));
-      __syncthreads();
-      if (threadIdx.x % 32 == 0) hits[threadIdx.x / 32] = found;
-      __syncthreads();
-      warp_ = 0;
-      mask_ = hits[0];
+    while (!mask_) {
+      if (next_ >= end_) return -1;
+      const int item = next_ + static_cast<int>(threadIdx.x % 32);
+      mask_ = __ballot_sync(0xffffffffu, item < end_ && touches(item));
+      next_ += 32;
     }
+    const int lane = __ffs(static_cast<int>(mask_)) - 1;
+    mask_ &= mask_ - 1;
+    return next_ - 32 + lane;
   }
 
   __device__ bool in_range(int64_t column) const { return column >= low_ && column < high_; }
@@ -46,11 +34,10 @@ class Walk {
  private:
   const Table<Common, Part<T>, N>& table_;
   int64_t low_, high_;
-  int base_, next_, end_, warp_ = kWarps;
+  int next_, end_;
   uint32_t mask_ = 0;
   bool all_;
 
-  __device__ int warps() const { return static_cast<int>(blockDim.x / 32); }
   __device__ bool touches(int item) const {
     const Common& o = table_.common;
     const Part<T>& p = table_.member_of(item);
