@@ -285,6 +285,7 @@ def test_given_dims_and_baseline():
     found = wx.intrinsic_dimension(mlp, train, share=0.5, baseline=0.8, dims=[10, 30, 50, 90])
     assert found.dim == 50 and tried == [10, 30, 50] and found.scores == {10: 0.1, 30: 0.3, 50: 0.5}
     assert found.threshold == 0.4 and found.baseline == 0.8
+    assert wx.intrinsic_dimension(mlp, train, share=0.5, baseline=0.8, dims=[39, 40, 41]).dim == 40  # reached: equal
 
 
 @pytest.mark.parametrize("dims", [None, [10, 20]])

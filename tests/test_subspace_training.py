@@ -133,6 +133,14 @@ def test_redraw_only_after_steps_over_the_coordinates():
     assert int(sub.step) == 1
 
 
+def test_no_redraw_after_the_way_back():
+    sub = wx.Subspace(mlp(), 5, redraw="step")
+    sub(torch.randn(1, 6)).sum().backward()
+    sub.unwrap()
+    torch.optim.SGD([sub.coordinates], lr=0.1).step()
+    assert int(sub.step) == 0 and sub.coordinates.any()
+
+
 def test_redraw_by_hand_and_its_end():
     sub = moved(wx.Subspace(mlp().double(), 5, redraw="step"))
     before = computed(sub)
