@@ -39,6 +39,7 @@ from weightxform.subspace import (
 )
 from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.subspace import triton_sums as subspace_sums
+from weightxform.triton_common.tables import type_of
 
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 48 << 10  # what every block may have without asking; some GPUs have no more than 99 KiB for a whole SM
@@ -68,7 +69,7 @@ def of_subspace() -> Iterator[Build]:
     for arch in ARCHITECTURES:
         for dtype in FLOAT_DTYPES if arch == 90 else (torch.float64, torch.float32):
             compute = opmath(dtype)
-            T, C = (triton_launch._type(triton_kernels, t) for t in (dtype, compute))
+            T, C = (type_of(t) for t in (dtype, compute))
             name, number = str(dtype).removeprefix("torch."), pointer(compute)
             types, redrawn = {"T": T, "C": C}, {"REDRAWN": True}
             memory = {"plan": "*i64", "pointers": "*i64", "step": "*i64"} | {
@@ -141,7 +142,7 @@ def of_spectral_norm() -> Iterator[Build]:
         for dtype in FLOAT_DTYPES:
             everything = arch == 90 and dtype in (torch.float32, torch.bfloat16)
             compute = opmath(dtype)
-            T, C = (triton_launch._type(triton_kernels, t) for t in (dtype, compute))
+            T, C = (type_of(t) for t in (dtype, compute))
             name, number, warps = str(dtype).removeprefix("torch."), pointer(compute), triton_launch.WARPS
             tile, flat = triton_plan.TILE.get(dtype, triton_plan.DEFAULT_TILE), triton_plan.elementwise_tile(dtype)
             workspace = {"plan": "*i64", "pointers": "*i64", "numbers": number, "sums": "*fp64"}
@@ -156,14 +157,14 @@ def of_spectral_norm() -> Iterator[Build]:
             yield f"products {name} mixed", triton_kernels.products, workspace, constants, warps, arch
             state = {**workspace, "state": number}
             for out in FLOAT_DTYPES if everything else (dtype,):
-                TO = triton_launch._type(triton_kernels, out)
+                TO = type_of(out)
                 constants = dict(T=T, C=C, TO=TO, WRITE=True, ALIGNED=True, TILE=flat)
                 yield f"finish {name} to {out}", triton_kernels.finish, state, constants, warps, arch
             constants = dict(T=T, C=C, TO=T, WRITE=False, ALIGNED=False, TILE=flat)
             yield f"finish {name} state", triton_kernels.finish, state, constants, warps, arch
             table = {"plan": "*i64", "pointers": "*i64", "sums": "*fp64"}
             for dout in (dtype, torch.float16) if dtype == torch.float32 else (dtype,):
-                G = triton_launch._type(triton_kernels, dout)
+                G = type_of(dout)
                 constants = dict(T=T, G=G, C=C, ALIGNED=True, TILE=flat)
                 yield f"inner {name} from {dout}", triton_backward.inner, table, constants, warps, arch
                 for kind in range(14) if everything and dout == dtype else (0, 9, 12):

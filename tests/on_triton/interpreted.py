@@ -17,7 +17,8 @@ from weightxform import backends
 from weightxform.numerics import relative_error
 from weightxform.registry import OPS
 from weightxform.spectral_norm import op as room
-from weightxform.spectral_norm import reference, triton_kernels, triton_plan
+from weightxform.spectral_norm import reference, triton_plan
+from weightxform.triton_common import kernels, tables
 from weightxform.verify import check_case, flatten, make_args
 
 fast_interpreter.install()
@@ -73,7 +74,7 @@ def test_v_first_aligned(shape, n_iter):
 @pytest.mark.parametrize("shape", [(70, 130), (270, 200), (40, 8208)], ids=str)
 def test_programs_that_take_several_groups(shape, v_first, monkeypatch):
     monkeypatch.setattr(triton_plan, "PARTS", 2)
-    monkeypatch.setattr(triton_plan, "plans", triton_plan.Kept(4))
+    monkeypatch.setattr(tables, "plans", tables.Kept(4))
     checked(FORWARD, room._case_fwd(shape, 0, "contiguous", {"v_first": v_first}))
 
 
@@ -164,7 +165,7 @@ def test_gradients_of_several_dtypes_in_one_list():
 @triton.jit
 def narrow(x, out, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out + i, triton_kernels._narrow(tl.load(x + i), out.dtype.element_ty))
+    tl.store(out + i, kernels.narrow(tl.load(x + i), out.dtype.element_ty))
 
 
 def test_rounding_to_bfloat16_is_that_of_torch():
@@ -276,7 +277,7 @@ def addressed(planning, monkeypatch):
     made = []
     finish = planning.Plan.finish
     monkeypatch.setattr(planning.Plan, "finish", lambda plan: made.append(plan) or finish(plan))
-    monkeypatch.setattr(planning, "plans", planning.Kept(4))
+    monkeypatch.setattr(tables, "plans", tables.Kept(4))
     return made
 
 
@@ -310,27 +311,27 @@ def test_a_capture_holds_its_plan_and_writes_addresses_by_value(monkeypatch):
     op = OPS["spectral_norm_fwd_list"]
     args = make_args(op, "some_advance", torch.float32, "cpu")
     expected = flatten(op.triton(*args))
-    monkeypatch.setattr(triton_plan, "capturing", lambda device: True)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
     written = []
-    write = triton_plan.write_by_value
-    monkeypatch.setattr(triton_plan, "write_by_value", lambda *a: written.append(a) or write(*a))
+    write = tables.write_by_value
+    monkeypatch.setattr(tables, "write_by_value", lambda *a: written.append(a) or write(*a))
     assert all(map(torch.equal, flatten(op.triton(*args)), expected))
     assert len(written) == 1
     with pytest.raises(
         RuntimeError, match=r"a CUDA graph is being captured.*run the same code once before the capture"
     ):
         op.triton(*make_args(op, "one", torch.float32, "cpu"))
-    monkeypatch.setattr(triton_plan, "capturing", lambda device: False)
-    (held,) = triton_plan.plans.entries.values()
+    monkeypatch.setattr(tables, "capturing", lambda device: False)
+    (held,) = tables.plans.entries.values()
     for rows in range(1, 10):
         FORWARD.triton(torch.randn(rows, 3), torch.randn(rows), torch.randn(3), None, 0, 1, 1e-12, False, None, None)
-    kept = list(triton_plan.plans.entries.values())
+    kept = list(tables.plans.entries.values())
     assert held in kept and len(kept) == 5
 
 
 def test_values_written_on_the_device():
     values = [0, 1, -1, 2**62, -(2**63), *range(30)]
-    table = triton_plan.write_by_value(values, torch.device("cpu"))
+    table = tables.write_by_value(values, torch.device("cpu"))
     assert table[: len(values)].tolist() == values
 
 

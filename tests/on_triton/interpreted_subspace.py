@@ -16,6 +16,7 @@ import weightxform as wx
 from weightxform.registry import OPS
 from weightxform.subspace import philox, triton_entries, triton_plan, triton_random
 from weightxform.subspace.plan import make_plan
+from weightxform.triton_common import tables
 from weightxform.verify import check_case, flatten, make_args
 
 fast_interpreter.install()
@@ -153,7 +154,7 @@ def test_a_table_is_made_once_for_the_same_tensors(monkeypatch):
     made = []
     finish = triton_plan.Table.finish
     monkeypatch.setattr(triton_plan.Table, "finish", lambda table: made.append(table) or finish(table))
-    monkeypatch.setattr(triton_plan.tables, "plans", triton_plan.tables.Kept(4))
+    monkeypatch.setattr(tables, "plans", tables.Kept(4))
     args = make_args(FORWARD, "one_hot-one_element", torch.float32, "cpu")
     for _ in range(3):
         FORWARD.triton(*args)
@@ -165,10 +166,10 @@ def test_a_table_is_made_once_for_the_same_tensors(monkeypatch):
 
 
 def test_a_capture_needs_a_table_that_is_there(monkeypatch):
-    monkeypatch.setattr(triton_plan.tables, "plans", triton_plan.tables.Kept(4))
+    monkeypatch.setattr(tables, "plans", tables.Kept(4))
     args = make_args(FORWARD, "one_hot-one_element", torch.float32, "cpu")
     expected = flatten(FORWARD.triton(*args))
-    monkeypatch.setattr(triton_plan.tables, "capturing", lambda device: True)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
     assert all(map(torch.equal, flatten(FORWARD.triton(*args)), expected))
     with pytest.raises(RuntimeError, match=r"subspace: a CUDA graph is being captured.*run the same code once before"):
         FORWARD.triton(*make_args(FORWARD, "rademacher-one_element", torch.float32, "cpu"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_common.kernels import address, narrow
 from .triton_kernels import (
     COLUMN_BLOCKS,
     DOUT,
@@ -31,12 +32,10 @@ from .triton_kernels import (
     WEIGHT,
     B,
     M,
-    _at,
     _gain,
     _int,
     _logical,
     _member,
-    _narrow,
     _scale,
     _total,
 )  # fmt: skip
@@ -59,8 +58,8 @@ def inner(
     row = pointers + member * POINTERS
     tiles = _int(seg + TILES)
     first = block.to(tl.int64) * tiles * TILE
-    g = _at(row + DOUT, first, G, ALIGNED)
-    w = _at(row + WEIGHT, first, T, ALIGNED)
+    g = address(row + DOUT, first, G, ALIGNED)
+    w = address(row + WEIGHT, first, T, ALIGNED)
     left = tl.minimum(tl.load(seg + NUMEL) - first, tiles.to(tl.int64) * TILE)
     k = tl.arange(0, TILE)
     total = tl.full([], 0.0, tl.float64)
@@ -82,8 +81,8 @@ def _update(
 ):  # fmt: skip
     m, b, lines, across = _int(seg + M), _int(seg + B), _int(seg + LINES), _int(seg + COLUMN_BLOCKS)
     first = block // across * BL
-    g = _at(row + DOUT, first.to(tl.int64) * b, G, ALIGNED)
-    dw = _at(row + DWEIGHT, first.to(tl.int64) * b, T, ALIGNED)
+    g = address(row + DOUT, first.to(tl.int64) * b, G, ALIGNED)
+    dw = address(row + DWEIGHT, first.to(tl.int64) * b, T, ALIGNED)
     if ALIGNED:
         b = tl.multiple_of(tl.load(seg + B).to(tl.int32), 16)
     k = tl.arange(0, BL)
@@ -100,7 +99,7 @@ def _update(
         x = tl.load(x_from + _logical(slab[:, None] * b + j[None, :], period, turns), mask=inside, other=0.0)
     at = k[:, None] * b + j[None, :]
     dout = tl.load(g + at, mask=inside, other=0.0).to(C)
-    tl.store(dw + at, _narrow(p * dout + (q * y)[:, None] * x, T), mask=inside)
+    tl.store(dw + at, narrow(p * dout + (q * y)[:, None] * x, T), mask=inside)
 
 
 @triton.jit(do_not_specialize=["at"])

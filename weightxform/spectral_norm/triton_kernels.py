@@ -24,6 +24,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_common.kernels import address, narrow
+
 # The plan's header, and a member's row in it.
 EPS, BOUND, BOUNDED, HEADER = (tl.constexpr(i) for i in range(4))
 NAMES = (
@@ -65,19 +67,6 @@ def _int(field):
 
 
 @triton.jit
-def _narrow(x, to: tl.constexpr):
-    if to == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return tl.where(nan, (bits >> 16) | 0x40, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif to == tl.float16:
-        return x.to(tl.float32).to(tl.float16)
-    else:
-        return x.to(to)
-
-
-@triton.jit
 def _power(x):
     """The power of two below x, kept where its inverse is a number too."""
     if x.dtype == tl.float64:
@@ -108,13 +97,6 @@ def _total(sums, count, SIZE: tl.constexpr):
 def _at_least(x, eps):
     """max(x, eps), where NaN stays NaN."""
     return tl.where(x < eps, eps, x)
-
-
-@triton.jit
-def _at(field, offset, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in ``field``, ``offset`` (a multiple of 16) numbers further."""
-    at = tl.load(field).to(tl.pointer_type(T)) + offset
-    return tl.multiple_of(at, 16) if ALIGNED else at
 
 
 @triton.jit
@@ -360,28 +342,11 @@ def finish(
     if WRITE:
         s, _ = _scale(plan, sigma.to(tl.float64))
         by = (s * _gain(row, C)).to(C)
-        w = _at(row + WEIGHT, first, T, ALIGNED)
-        out = _at(row + OUT, first, TO, ALIGNED)
+        w = address(row + WEIGHT, first, T, ALIGNED)
+        out = address(row + OUT, first, TO, ALIGNED)
         left = tl.load(seg + NUMEL) - first
         k = tl.arange(0, TILE)
         if left >= TILE:  # a mask whose end is not known to be a multiple of 16 bytes splits every access
-            tl.store(out + k, _narrow(tl.load(w + k).to(C) * by, TO))
+            tl.store(out + k, narrow(tl.load(w + k).to(C) * by, TO))
         else:
-            tl.store(out + k, _narrow(tl.load(w + k, mask=k < left, other=0.0).to(C) * by, TO), mask=k < left)
-
-
-@triton.jit(do_not_specialize=["at", *(f"x{i}" for i in range(16))])
-def write(
-    table, at: tl.int64, x0: tl.int64, x1: tl.int64, x2: tl.int64, x3: tl.int64, x4: tl.int64, x5: tl.int64,
-    x6: tl.int64, x7: tl.int64, x8: tl.int64, x9: tl.int64, x10: tl.int64, x11: tl.int64, x12: tl.int64, x13: tl.int64,
-    x14: tl.int64, x15: tl.int64,
-):  # fmt: skip
-    """table[at : at + 16] = x."""
-    values = (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
-    for i in tl.static_range(16):
-        tl.store(table + at + i, values[i])
-
-
-def interpreted() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1: kernels run on the CPU, and on CPU tensors."""
-    return not isinstance(products, triton.JITFunction)
+            tl.store(out + k, narrow(tl.load(w + k, mask=k < left, other=0.0).to(C) * by, TO), mask=k < left)

@@ -9,9 +9,7 @@ Triton itself is imported by the first call of a kernel: it takes long, and most
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ..numerics import FLOAT_DTYPES, opmath
 from ..registry import register_triton
+from ..triton_common.tables import address_table, module, on, plan_for, type_of
 from . import op
 
 WARPS = 8
@@ -31,23 +30,9 @@ def _check(ok: bool, what: str) -> None:
 
 def _modules(device: torch.device) -> tuple[Any, Any, Any]:
     """triton_kernels, triton_backward and triton_plan, where they can run on ``device``."""
-    kernels = importlib.import_module(f"{__package__}.triton_kernels")
-    if device.type == "cpu" and not kernels.interpreted():
-        raise RuntimeError(
-            "spectral_norm: Triton has no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts, "
-            "runs them in its interpreter (slow: for tests)"
-        )
-    backward, plan = (importlib.import_module(f"{__package__}.triton_{name}") for name in ("backward", "plan"))
+    names = (f"{__package__}.triton_{name}" for name in ("kernels", "backward", "plan"))
+    kernels, backward, plan = (module("spectral_norm", name, device) for name in names)
     return kernels, backward, plan
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, and on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _type(kernels: Any, dtype: torch.dtype) -> Any:
-    return getattr(kernels.tl, str(dtype).removeprefix("torch."))
 
 
 def _check_weights(weights: Sequence[Tensor], dims: Sequence[int]) -> None:
@@ -107,7 +92,7 @@ def _forward(
         _check(n_iter >= 0, "n_iter must not be negative")
     gains = _gains(gains, weights)
     kernels, _, planning = _modules(device)
-    with _on(device):
+    with on(device):
         read, layouts = zip(*(_readable(w, d, planning) for w, d in zip(weights, dims, strict=True)), strict=True)
         vectors = [(u.contiguous(), v.contiguous()) for u, v in zip(us, vs, strict=True)]
         outs = [torch.empty_like(w, dtype=result) for w in read] if write else []
@@ -116,7 +101,9 @@ def _forward(
             for layout, n_iter, w in zip(layouts, n_iters, read, strict=True)
         )
         key = "forward", members, dtype, eps, v_first, bound, write
-        plan = planning.plan_for(key, device, lambda: planning.forward_plan(members, dtype, eps, v_first, bound, write))
+        plan = plan_for(
+            "spectral_norm", key, device, lambda: planning.forward_plan(members, dtype, eps, v_first, bound, write)
+        )
         rows = []
         for i, (w, (u, v), member) in enumerate(zip(read, vectors, members, strict=True)):
             swapped = member.layout.swapped
@@ -124,12 +111,12 @@ def _forward(
             outer, inner = (y, x) if member.n_iter == 0 or v_first == swapped else (x, y)
             gain, out = gains[i].data_ptr() if gains else 0, outs[i].data_ptr() if write else 0
             rows.append((w.data_ptr(), gain, outer.data_ptr(), inner.data_ptr(), out))
-        pointers = planning.address_table(rows, device)
+        pointers = address_table(rows, device)
         state = weights[0].new_empty(sum(layout.m + layout.n + 1 for layout in layouts), dtype=compute)
         numbers = weights[0].new_empty(max(1, plan.numbers), dtype=compute)
         sums = weights[0].new_empty(max(1, plan.sums), dtype=torch.float64)
 
-        T, C, TO = (_type(kernels, t) for t in (dtype, compute, result))
+        T, C, TO = (type_of(t) for t in (dtype, compute, result))
         tile = planning.TILE.get(dtype, planning.DEFAULT_TILE)
         *iterations, last = plan.launches
         for i, (at, programs, kinds) in enumerate(iterations):
@@ -179,8 +166,8 @@ def backward_list(douts, weights, state, offsets, gains, dims, bound) -> tuple[l
         _check(same, "douts must have the shapes and the device of the weights")
         _check(at >= 0 and at + op.state_size(weight, dim) <= state.numel(), "offset is out of range")
     gains = _gains(gains, weights)
-    kernels, backward_kernels, planning = _modules(device)
-    with _on(device):
+    _, backward_kernels, planning = _modules(device)
+    with on(device):
         state = state.contiguous()
         read, layouts = zip(*(_readable(w, d, planning) for w, d in zip(weights, dims, strict=True)), strict=True)
         incoming = douts[0].dtype if all(d.dtype == douts[0].dtype for d in douts) else compute
@@ -193,18 +180,21 @@ def backward_list(douts, weights, state, offsets, gains, dims, bound) -> tuple[l
             planning.BackwardMember(layout, at, _aligned(g, dw))
             for layout, at, g, dw in zip(layouts, offsets, gs, dweights, strict=True)
         )
-        plan = planning.plan_for(
-            ("backward", members, dtype, bound), device, lambda: planning.backward_plan(members, dtype, bound)
+        plan = plan_for(
+            "spectral_norm",
+            ("backward", members, dtype, bound),
+            device,
+            lambda: planning.backward_plan(members, dtype, bound),
         )
         rows = [
             (w.data_ptr(), gains[i].data_ptr() if gains else 0, g.data_ptr(), dw.data_ptr(), 0)
             for i, (w, g, dw) in enumerate(zip(read, gs, dweights, strict=True))
         ]
-        pointers = planning.address_table(rows, device)
+        pointers = address_table(rows, device)
         sums = state.new_empty(max(1, plan.sums), dtype=torch.float64)
         dgains = state.new_empty(len(weights))
 
-        T, G, C = (_type(kernels, t) for t in (dtype, incoming, compute))
+        T, G, C = (type_of(t) for t in (dtype, incoming, compute))
         tile = planning.elementwise_tile(dtype)
         inner, update = plan.launches
         if inner.programs:

@@ -2,33 +2,23 @@
 
 A ``Plan`` depends on shapes and options alone. It is uploaded once, kept, and used again by every call with the same
 shapes; what changes from call to call (addresses) is in a second, small table.
-
-A captured CUDA graph reads these tables when it is replayed, long after the capture:
-
-- a plan that was used under capture is never given up. One that is missing then cannot be made, because a copy from the
-  host would be repeated from memory that may be gone: an error asks for one run before the capture.
-- the addresses are written under capture by kernels that take them by value, into memory of the graph. The graph
-  repeats them and needs nothing else.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._torch import capturing_cuda_graph
+from ..triton_common.tables import bits_of, ceil
 from . import triton_kernels as kernels
 
 TILE = {torch.float64: 4096}  # numbers in a tile of W: 32 a thread, or 16 of eight bytes
 DEFAULT_TILE = 8192
-KEPT = 128  # tables of each sort
 PARTS = 256  # partial sums of a member, from where on programs take more of the matrix
 
 
@@ -77,14 +67,6 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...], dim: int) -> Layo
     return Layout(a, shape[dim], b, period, a * b // period, False)
 
 
-def _ceil(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def _bits(x: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", x))[0]
-
-
 class Launch(NamedTuple):
     """``programs`` entries of the plan from ``at`` on; ``kinds``: of tiles, a bit each."""
 
@@ -103,7 +85,7 @@ class Plan:
     """
 
     def __init__(self, eps: float, bound: float | None) -> None:
-        self.header = [_bits(eps), _bits(1.0 if bound is None else bound), int(bound is not None)]
+        self.header = [bits_of(eps), bits_of(1.0 if bound is None else bound), int(bound is not None)]
         self.rows: list[list[int]] = []
         self.counts: list[tuple[list[int], int]] = []  # of programs for each member, and kinds: one entry a launch
         self.launches: list[Launch] = []
@@ -171,11 +153,11 @@ def forward_plan(
             bucket, length = kernels.WIDE.value, tile // 32
         at_once = tile // length
         least = 8 if dtype.itemsize >= 4 else 16  # along the outer axis: parts of e are few against W
-        groups = _ceil(max(at_once, least, _ceil(outer, PARTS)), at_once)
-        parts = _ceil(outer, groups * at_once) if m * n else 0
-        columns = _ceil(inner, kernels.GATHER_COLUMNS.value)
-        tiles = max(1, _ceil(columns, kernels.MAX_PARTS.value))
-        gather = _ceil(columns, tiles) if m * n else 0
+        groups = ceil(max(at_once, least, ceil(outer, PARTS)), at_once)
+        parts = ceil(outer, groups * at_once) if m * n else 0
+        columns = ceil(inner, kernels.GATHER_COLUMNS.value)
+        tiles = max(1, ceil(columns, kernels.MAX_PARTS.value))
+        gather = ceil(columns, tiles) if m * n else 0
         fast = aligned and layout.a == 1 and b % 16 == 0
         kind = 4 * bucket + 2 * rows + fast
         y_size, x_size = m, n
@@ -196,7 +178,7 @@ def forward_plan(
         programs.append(parts)
         gathers.append(gather)
         kinds.append(kind)
-        finishes.append(max(1, _ceil(max(m * n if write else 0, m, n), elementwise_tile(dtype))))
+        finishes.append(max(1, ceil(max(m * n if write else 0, m, n), elementwise_tile(dtype))))
     for i in range(max(1, *(member.n_iter for member in members))):
         on = [i == 0 or member.n_iter > i for member in members]
         plan.launch(
@@ -220,12 +202,12 @@ def backward_plan(members: Sequence[BackwardMember], dtype: torch.dtype, bound: 
     inners, updates, kinds = [], [], []
     for layout, offset, aligned in members:
         m, n, b = layout.m, layout.n, layout.b
-        tiles = max(1, _ceil(_ceil(m * n, tile), kernels.MAX_PARTS.value))
-        parts = _ceil(_ceil(m * n, tile), tiles)
+        tiles = max(1, ceil(ceil(m * n, tile), kernels.MAX_PARTS.value))
+        parts = ceil(ceil(m * n, tile), tiles)
         bucket = 0
         while 16 << bucket < min(b, 1024):
             bucket += 1
-        lines, across = layout.a * m, max(1, _ceil(b, 16 << bucket))
+        lines, across = layout.a * m, max(1, ceil(b, 16 << bucket))
         kind = 2 * bucket + (aligned and layout.a == 1 and b % 16 == 0)
         y_at, x_at = (offset + n, offset) if layout.swapped else (offset, offset + m)
         plan.add(
@@ -234,7 +216,7 @@ def backward_plan(members: Sequence[BackwardMember], dtype: torch.dtype, bound: 
             dsum_at=plan.take_sums(parts), numel=m * n, lines=lines, column_blocks=across,
         )  # fmt: skip
         inners.append(parts)
-        updates.append(max(1, _ceil(lines, tile // (16 << bucket)) * across))
+        updates.append(max(1, ceil(lines, tile // (16 << bucket)) * across))
         kinds.append(kind)
     plan.launch(inners)
     plan.launch(updates, kinds)
@@ -244,78 +226,3 @@ def backward_plan(members: Sequence[BackwardMember], dtype: torch.dtype, bound: 
 def elementwise_tile(dtype: torch.dtype) -> int:
     """Numbers that a program of an elementwise kernel handles at once."""
     return TILE.get(dtype, DEFAULT_TILE) // 2
-
-
-class Kept:
-    """The tables that were used last; those that are held stay for good."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.entries: OrderedDict[tuple, Any] = OrderedDict()
-
-    def get(self, key: tuple) -> Any:
-        found = self.entries.get(key)
-        if found is not None:
-            self.entries.move_to_end(key)
-        return found
-
-    def put(self, key: tuple, value: Any) -> None:
-        self.entries[key] = value
-        loose = [k for k, v in self.entries.items() if not getattr(v, "held", False)]
-        for k in loose[: max(0, len(loose) - self.limit)]:
-            del self.entries[k]
-
-
-plans, addresses = Kept(KEPT), Kept(KEPT)
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and capturing_cuda_graph()
-
-
-def plan_for(key: tuple, device: torch.device, build: Callable[[], Plan]) -> Plan:
-    """The plan of ``key``, with its table on ``device``.
-
-    Raises:
-        RuntimeError: it does not exist, and a CUDA graph is being captured.
-    """
-    plan, captured = plans.get((device, *key)), capturing(device)
-    if plan is None:
-        if captured:
-            raise RuntimeError(
-                "spectral_norm: a CUDA graph is being captured, and the Triton kernels have not seen a list of weights "
-                "with these shapes: run the same code once before the capture"
-            )
-        plan = build()
-        plan.table = plan.finish().to(device)  # waits until it is there: from then on any stream may read it
-        plans.put((device, *key), plan)
-        write_by_value([0], device)  # a capture must find that kernel loaded
-    plan.held = plan.held or captured
-    if device.type == "cuda" and not captured:
-        plan.table.record_stream(torch.cuda.current_stream(device))
-    return plan
-
-
-def address_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of POINTERS addresses on ``device``: kept from call to call (for one stream), or written into the graph."""
-    flat = tuple(x for row in rows for x in row)
-    if capturing(device):
-        return write_by_value(flat, device)
-    if device.type != "cuda":
-        return torch.tensor(flat, dtype=torch.int64)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, flat)
-    table = addresses.get(key)
-    if table is None:
-        host = torch.tensor(flat, dtype=torch.int64).pin_memory()
-        table = host.to(device, non_blocking=True)
-        addresses.put(key, table)
-    return table
-
-
-def write_by_value(values: Sequence[int], device: torch.device) -> Tensor:
-    """``values`` as int64 on ``device``, passed as the arguments of kernels, 16 at a time."""
-    table = torch.empty(_ceil(len(values), 16) * 16, dtype=torch.int64, device=device)
-    for at in range(0, len(values), 16):
-        sixteen = [*values[at : at + 16], *[0] * 16][:16]
-        kernels.write[(1,)](table, at, *sixteen, num_warps=1)
-    return table

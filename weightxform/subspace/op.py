@@ -100,9 +100,7 @@ def _laid_out(t: Tensor, layout: str | None) -> Tensor:
     """The same values where kernels may not expect them."""
     if layout == "strided" and t.ndim == 2:
         return t.T.contiguous().T
-    if (
-        layout == "expanded" and t.numel() > 1
-    ):  # zeros for P z alone, and what sum() sends back: one number
+    if layout == "expanded" and t.numel() > 1:  # zeros for P z alone, and what sum() sends back: one number
         return t.new_full((), 0.25).expand(t.shape)
     if layout == "unaligned":
         larger = t.new_full((t.numel() + 1,), float("nan"))

@@ -42,9 +42,9 @@ def philox(key: Key, stream: int, pos: Tensor, column: int | Tensor = 0, step: T
     pos, c2 = torch.broadcast_tensors(pos, torch.as_tensor(column, dtype=torch.int64, device=pos.device))
     c0, c1 = pos & MASK, (pos >> 32) | (stream << 24)
     if pos.numel() <= _FEW and pos.is_cpu:
-        high, c3 = stream << 24, 0 if step is None else int(step)
+        high, last = stream << 24, 0 if step is None else int(step)
         places = zip(pos.flatten().tolist(), c2.flatten().tolist(), strict=True)
-        words = [draw(key, at & MASK, at >> 32 | high, column, c3) for at, column in places]
+        words = [draw(key, at & MASK, at >> 32 | high, column, last) for at, column in places]
         return torch.tensor(words, dtype=torch.int64).reshape(*pos.shape, 4)
     c3 = torch.zeros_like(pos) if step is None else step.to(pos.device, torch.int64).expand_as(pos)
     k0, k1 = key

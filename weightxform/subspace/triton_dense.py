@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import COUNT, FIELDS, SPREAD, START, _at, _narrow, entry_of
+from .triton_tiles import COUNT, FIELDS, SPREAD, START, address, entry_of, narrow
 
 ROWS, ACROSS = tl.constexpr(32), tl.constexpr(128)  # of E in a program's hands at once
 SPAN = tl.constexpr(512)  # rows of a program, backward
@@ -35,9 +35,9 @@ def forward(
         total += e * x[None, :]
         k += ACROSS
     spread = tl.load(row + SPREAD) != 0
-    t0 = tl.load(_at(addresses, 0, T, False) + tl.where(spread, i * 0, i), mask=i < count, other=0.0).to(C)
-    theta = _narrow(t0 + tl.sum(total, axis=1), T)
-    tl.store(_at(addresses + 1, b * count, T, False) + i, theta, mask=i < count)
+    t0 = tl.load(address(addresses, 0, T, False) + tl.where(spread, i * 0, i), mask=i < count, other=0.0).to(C)
+    theta = narrow(t0 + tl.sum(total, axis=1), T)
+    tl.store(address(addresses + 1, b * count, T, False) + i, theta, mask=i < count)
 
 
 @triton.jit(do_not_specialize=["at", "rows", "work", "each"])
@@ -61,7 +61,7 @@ def backward(
         while first < last:
             i = first + tl.arange(0, ROWS)
             at_ = tl.where(spread, i * 0, b * count + i)
-            g = tl.load(_at(addresses, 0, T, False) + at_, mask=i < last, other=0.0).to(C)
+            g = tl.load(address(addresses, 0, T, False) + at_, mask=i < last, other=0.0).to(C)
             e = tl.load(from_ + i[:, None] * dim + j[None, :], mask=(i < last)[:, None] & (j < dim)[None, :], other=0.0)
             total += e.to(C) * g[:, None]
             first += ROWS

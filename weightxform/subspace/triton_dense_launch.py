@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..numerics import FLOAT_DTYPES, opmath
 from .reference import Row
-from .triton_launch import Call, _check, _on, _spread, ceil, finished, module, outputs
+from .triton_launch import Call, _check, _spread, ceil, finished, module, on, outputs
 
 WARPS = 4
 
@@ -44,7 +44,7 @@ def forward(z: Tensor, basis: Tensor, theta0: Sequence[Tensor], rows: Sequence[i
     outs = outputs(theta0, z)
     call = call._replace(targets=[out if out.is_contiguous() else out.new_empty(out.shape) for out in outs])
     if call.elements and z.numel():
-        with _on(call.device):
+        with on(call.device):
             kernels = module("dense", call.device)
             table = call.table(kernels.ROWS.value)
             kernels.forward[(table.work.programs, call.K)](
@@ -60,7 +60,7 @@ def backward(grads: Sequence[Tensor], basis: Tensor, rows: Sequence[int], batch:
     lead = (batch,) if batch else ()
     z_bar = torch.zeros((*lead, call.d), dtype=opmath(call.dtype), device=call.device)
     if call.elements:
-        with _on(call.device):
+        with on(call.device):
             kernels, plan = module("dense", call.device), module("plan", call.device)
             table = call.table(kernels.SPAN.value)
             work = table.work.programs

@@ -17,12 +17,12 @@ from .triton_tiles import (
     FIELDS,
     FIRST,
     SPREAD,
-    _at,
-    _narrow,
+    address,
     all_owned,
     entry_of,
     factor_of,
     key_of,
+    narrow,
     owned,
     read,
     write,
@@ -121,8 +121,8 @@ def forward(
     addresses = pointers + 2 * member
     if KB > 1:
         theta = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, False) + y
-        to = _at(addresses + 1, begin - first, T, False) + (k.to(tl.int64) * count + i)
-        tl.store(to, _narrow(theta, T), mask=(k < batch) & (i >= low) & (i < high))
+        to = address(addresses + 1, begin - first, T, False) + (k.to(tl.int64) * count + i)
+        tl.store(to, narrow(theta, T), mask=(k < batch) & (i >= low) & (i < high))
     elif full:
         theta = read(addresses, row, begin - first, i, low, high, T, C, ALIGNED, True) + y
         write(addresses + 1, begin - first, i, low, high, theta, T, ALIGNED, True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from ..numerics import FLOAT_DTYPES, opmath
 from ..registry import register_triton
+from ..triton_common import tables
+from ..triton_common.tables import ceil, on, type_of
 from . import op
 from .reference import ENTRYWISE, FASTFOOD, KINDS, Row
 
@@ -36,30 +37,11 @@ def _check(ok: bool, what: str) -> None:
 
 def module(name: str, device: torch.device) -> Any:
     """``triton_<name>``, where it can run on ``device``."""
-    kernels = importlib.import_module("weightxform.spectral_norm.triton_kernels")
-    if device.type == "cpu" and not kernels.interpreted():
-        raise RuntimeError(
-            "subspace: Triton has no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts, runs them "
-            "in its interpreter (slow: for tests)"
-        )
-    return importlib.import_module(f"{__package__}.triton_{name}")
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, and on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def type_of(dtype: torch.dtype) -> Any:
-    return getattr(importlib.import_module("triton.language"), str(dtype).removeprefix("torch."))
+    return tables.module("subspace", f"{__package__}.triton_{name}", device)
 
 
 def _spread(t: Tensor) -> bool:
     return not t.is_contiguous() and not any(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
-
-
-def ceil(x: int, y: int) -> int:
-    return -(-x // y)
 
 
 class Call(NamedTuple):
@@ -109,7 +91,7 @@ class Call(NamedTuple):
         """[members, 2]: the addresses of sources and targets."""
         targets = [t.data_ptr() for t in self.targets] or [0] * len(self.sources)
         rows = [(s.data_ptr(), t) for s, t in zip(self.sources, targets, strict=True)]
-        table: Tensor = module("plan", self.device).address_table(rows, self.device)
+        table: Tensor = tables.address_table(rows, self.device)
         return table
 
     def aligned(self) -> bool:
@@ -126,7 +108,7 @@ class Call(NamedTuple):
         plan = module("plan", self.device)
         tile, strata = (self.tile, self.strata) if windows else (1, 1)
         args = self.members, self.compute, self.d, unit, tile, strata, windows
-        return plan.table_for(args, self.device, lambda: plan.Table(*args))
+        return tables.plan_for("subspace", args, self.device, lambda: plan.Table(*args))
 
 
 def _call(
@@ -186,7 +168,7 @@ def forward(z, c, theta0, members, firsts, layout, factors, step, kind, tile, st
     outs = outputs(theta0, z)
     call = call._replace(targets=[out if out.is_contiguous() else out.new_empty(out.shape) for out in outs])
     if call.elements and (batch or z.ndim == 1):
-        with _on(call.device):
+        with on(call.device):
             z, c = z.contiguous(), None if c is None else c.contiguous()
             run = _tiled_forward if kind not in (*ENTRYWISE, *FASTFOOD) else _other(call, "forward")
             run(call, z, c)
@@ -206,7 +188,7 @@ def backward(
     call = _call(grads, members, firsts, layout, factors, step, c, kind, dim, batch, tile, strata, packed, True)
     z_bar = grads[0].new_zeros((batch, dim) if batch else (dim,), dtype=call.compute)
     if call.elements:
-        with _on(call.device):
+        with on(call.device):
             c = None if c is None else c.contiguous()
             run = _tiled_backward if kind not in (*ENTRYWISE, *FASTFOOD) else _other(call, "backward")
             run(call, c, z_bar)

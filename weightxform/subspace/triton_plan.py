@@ -1,6 +1,6 @@
 """The tables that the Triton kernels of projections read: which tensors there are, and which program does what.
 
-A ``Table`` depends on everything but addresses. It is uploaded once and kept, as those of spectral normalization are;
+A ``Table`` depends on everything but addresses. It is uploaded once and kept, see ``triton_common``;
 addresses go into a second, small table. ``table`` is int64::
 
     header        the float64 bits of 2^-1/2 as the dtype of the numbers rounds it
@@ -12,14 +12,13 @@ addresses go into a second, small table. ``table`` is int64::
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spectral_norm import triton_plan as tables
+from ..triton_common.tables import bits_of, ceil
 from . import philox as draw
 from .reference import Row, root, stratum
 
@@ -45,14 +44,6 @@ class Member(NamedTuple):
     size: int
     factor: float
     spread: bool
-
-
-def _ceil(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def bits_of(x: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
 class Launch(NamedTuple):
@@ -92,7 +83,7 @@ class Table:
             parts.append(self._windows().flatten())
         at = sum(map(len, parts))
         blocks = [
-            torch.arange(m.first // self.unit, _ceil(m.first + m.size, self.unit) if m.size else m.first // self.unit)
+            torch.arange(m.first // self.unit, ceil(m.first + m.size, self.unit) if m.size else m.first // self.unit)
             for m in self.members
         ]
         entries = [(block << 32) | i for i, block in enumerate(blocks)]
@@ -111,25 +102,6 @@ class Table:
         return ((words[..., 0] * widths) >> 32) | (delta << 32)
 
 
-def table_for(key: tuple, device: torch.device, build: Callable[[], Table]) -> Table:
-    """The table of ``key``, on ``device``.
-
-    Raises:
-        RuntimeError: it does not exist, and a CUDA graph is being captured: a copy from the host would be repeated.
-    """
-    key = ("subspace", *key)
-    if tables.capturing(device) and tables.plans.get((device, *key)) is None:
-        raise RuntimeError(
-            "subspace: a CUDA graph is being captured, and the Triton kernels have not seen tensors of these shapes: "
-            "run the same code once before the capture"
-        )
-    found: Any = tables.plan_for(key, device, build)  # type: ignore[arg-type]
-    return found
-
-
 def accumulators(work: int, width: int, elements: int) -> int:
     """How many partial sums of ``width`` numbers a backward keeps: as long as they are few beside ``elements``."""
     return max(1, min(work, 1024, max((1 << 20) // width, elements // (2 * width))))
-
-
-address_table = tables.address_table

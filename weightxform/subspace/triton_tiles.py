@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..spectral_norm.triton_kernels import _at, _narrow
+from ..triton_common.kernels import address, narrow
 from . import triton_plan
 from .triton_random import PERM, SIGN_IN, draw, permuted, signs
 
@@ -78,22 +78,22 @@ def all_owned(row, begin, N: tl.constexpr):
 def read(field, row, offset, i, low, high, T: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     """The elements ``offset + i`` of a tensor, those with low <= i < high; the same one for all where it is spread."""
     if tl.load(row + SPREAD) != 0:
-        x = tl.broadcast_to(tl.load(_at(field, 0, T, False)), i.shape)
+        x = tl.broadcast_to(tl.load(address(field, 0, T, False)), i.shape)
         if not FULL:
             x = tl.where((i >= low) & (i < high), x, tl.zeros(i.shape, T))
     elif FULL:
-        x = tl.load(_at(field, offset, T, ALIGNED) + i)
+        x = tl.load(address(field, offset, T, ALIGNED) + i)
     else:
-        x = tl.load(_at(field, offset, T, ALIGNED) + i, mask=(i >= low) & (i < high), other=0.0)
+        x = tl.load(address(field, offset, T, ALIGNED) + i, mask=(i >= low) & (i < high), other=0.0)
     return x.to(C)
 
 
 @triton.jit
 def write(field, offset, i, low, high, x, T: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     if FULL:
-        tl.store(_at(field, offset, T, ALIGNED) + i, _narrow(x, T))
+        tl.store(address(field, offset, T, ALIGNED) + i, narrow(x, T))
     else:
-        tl.store(_at(field, offset, T, ALIGNED) + i, _narrow(x, T), mask=(i >= low) & (i < high))
+        tl.store(address(field, offset, T, ALIGNED) + i, narrow(x, T), mask=(i >= low) & (i < high))
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""What the Triton kernels of several rooms share. Nothing here imports Triton but ``kernels``."""
