@@ -24,6 +24,7 @@ from .maps import ImplicitMap
 from .plan import TILE, VERSION, in_order, plain_name
 from .projections import NAMED, NORMALIZE, Dense, Learned, Projection, of_file
 from .select import Member, initial_sigmas, members_of
+from .structure import STRUCTURES, coordinates_of
 
 if TYPE_CHECKING:
     from .module import Subspace
@@ -193,7 +194,7 @@ class _File:
                 raise self.error(f"has a wrong {key!r} in its description: {about[key]!r}")
         if about["kind"] not in (*NAMED, Dense.kind, Learned.kind):
             raise self.error(f"has an unknown kind of projection, {about['kind']!r}")
-        if about["normalize"] not in NORMALIZE or about["structure"] not in ("shared", "said", "per_tensor"):
+        if about["normalize"] not in NORMALIZE or about["structure"] not in STRUCTURES:
             raise self.error("has an unknown normalize or structure")
         if about["theta0"] != hashlib.sha256(_compact(about["tensors"])).hexdigest():
             raise self.error("is damaged: the hash of its list of tensors is another")
@@ -301,10 +302,23 @@ def load(cls: type[Subspace], path: str | PathLike[str], model: nn.Module, basis
         sigmas = initial_sigmas(chosen)
         if about["scale"] != [sigmas[entry[0]] for entry in about["tensors"]]:
             raise file.error("is for another model: the initial scales of its tensors differ")
-    sub = cls._of_parts(
+    coordinates, scales = file.tensors["coordinates"], file.tensors.get("scales")
+    total = coordinates_of(chosen, about["d"], about["structure"])
+    if coordinates.shape != (total,) or (scales is None) != (about["structure"] == "shared"):
+        raise file.error(f"is damaged: coordinates must be {total} numbers, and scales as its structure says")
+    if scales is not None and scales.shape != (len(chosen),):
+        raise file.error(f"is damaged: scales must be {len(chosen)} numbers, got {describe(scales)}")
+    sub = cls.__new__(cls)
+    nn.Module.__init__(sub)
+    sub._set_up(
         model, chosen, extra, about["d"], projection, about["seed"], about["normalize"], about["redraw"],
-        about["structure"], file.tensors["coordinates"], file.tensors.get("scales"), about["step"],
+        about["structure"],
     )  # fmt: skip
+    values.append((sub.coordinates, coordinates))
+    if sub.scales is not None and scales is not None:
+        values.append((sub.scales, scales))
+    if sub.step is not None:
+        values.append((sub.step, torch.tensor(about["step"])))
     with torch.no_grad():
         for target, value in values:
             target.copy_(value)

@@ -127,8 +127,6 @@ class KroneckerMap(Map):
         big1 = -(-self.total // big2)
         d2 = math.isqrt(dim - 1) + 1
         d1 = -(-dim // d2)
-        if d1 > big1 or d2 > big2:
-            d1, d2 = d2, d1
         self.plans = _square_root("#1", big1, d1, seed), _square_root("#2", big2, d2, seed)
 
     def call(self, members: Sequence[int], firsts: Sequence[int] | None) -> Call:

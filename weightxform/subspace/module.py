@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,64 +17,16 @@ from ..checks import require_choice, require_int
 from ..computed import install, new_slot, refuse
 from ..slot import Slot
 from ..swap import child_name, set_slots, slots_of
-from ..transform import Transform, describe
 from ..versions import bump
 from .function import scaled
 from .maps import Map
-from .plan import require_dim
-from .projections import NORMALIZE, Learned, Projection, projection_of
+from .projections import NORMALIZE, Projection, projection_of
 from .select import Member, choose, initial_sigmas, members_of
+from .structure import STRUCTURES, coordinates_of, difference, maps_of
+from .weight import ProjectedWeight
 
-STRUCTURES = ("shared", "said", "per_tensor")
 _LAST_STEP = 2**32 - 2
 _redrawn: weakref.WeakSet[Subspace] = weakref.WeakSet()
-
-
-class ProjectedWeight(Transform):
-    """One weight of a :class:`Subspace`: ``raw`` is theta0, the computed weight theta."""
-
-    groupable: ClassVar[bool] = True
-    keeps_graph: ClassVar[bool] = True
-    shares_state: ClassVar[bool] = True
-    owner: Subspace
-
-    def __init__(self, owner: Subspace, member: int) -> None:
-        super().__init__()
-        self.__dict__["owner"] = owner  # not a submodule: it contains this one
-        self.member = member
-        super().train(False)
-
-    @property
-    def cache(self) -> bool:  # type: ignore[override]
-        """Not for coordinates that ``functional_call`` puts in: whoever handed them in may write them unseen."""
-        return self._is_whole() and isinstance(self.owner._parameters["coordinates"], nn.Parameter)
-
-    def _is_whole(self) -> bool:
-        """Not while a copy or a pickle is put together, when an RNN asks for its weights."""
-        return "_parameters" in vars(self.owner)
-
-    def train(self, mode: bool = True) -> ProjectedWeight:
-        return self  # nothing depends on the mode, so a change of it must not cost a computation
-
-    def compute(self, raw: Tensor, advance: bool) -> Tensor:
-        if not self._is_whole():
-            return raw
-        if self.owner._gathered.get(self.member):
-            return self.owner._attach(self.member, raw)
-        return self.owner._compute([self.member], [raw])[0]
-
-    @classmethod
-    def compute_group(cls, transforms: Sequence[Any], raws: Sequence[Tensor], advance: Sequence[bool]) -> list[Tensor]:
-        return transforms[0].owner._compute([t.member for t in transforms], raws)
-
-    def group_key(self, raw: Tensor) -> Hashable:
-        return id(self.owner), raw.dtype, raw.device
-
-    def state(self) -> tuple[Tensor, ...]:
-        return self.owner._state() if self._is_whole() else (torch.empty(0),)  # another at the next read
-
-    def extra_repr(self) -> str:
-        return f"{self.owner.names[self.member]}, {self.owner.kind}"
 
 
 class Subspace(nn.Module):
@@ -176,7 +129,7 @@ class Subspace(nn.Module):
                 if name in slots_of(module):
                     raise ValueError(f"Subspace: {member.name} is computed already; exclude it, or wx.bake it first")
                 refuse(module, name, member.parameter, transform)
-        maps = _maps(chosen, dim, projection, seed, normalize, structure)
+        maps = maps_of(chosen, dim, projection, seed, normalize, structure)
         for k, member in enumerate(chosen):  # here and not in a graph that torch.compile makes
             maps[k if len(maps) > 1 else 0].tables(member.parameter, None)
 
@@ -189,7 +142,7 @@ class Subspace(nn.Module):
         first = chosen[0].parameter
         wide = any(m.parameter.dtype == torch.float64 for m in chosen)
         options: Any = {"dtype": torch.float64 if wide else torch.float32, "device": first.device}
-        self.coordinates = nn.Parameter(torch.zeros(_coordinates_of(chosen, dim, structure), **options))
+        self.coordinates = nn.Parameter(torch.zeros(coordinates_of(chosen, dim, structure), **options))
         scales = None if structure == "shared" else nn.Parameter(torch.ones(len(chosen), **options))
         self.register_parameter("scales", scales)
         step = None if redraw is None else torch.zeros((), dtype=torch.int64, device=first.device)
@@ -209,39 +162,6 @@ class Subspace(nn.Module):
         self._group = Group.over(model, [m.places[0] for m in chosen], bucket_bytes, accumulates=False)
         if redraw is not None:
             _redrawn.add(self)
-
-    @classmethod
-    def _of_parts(
-        cls,
-        model: nn.Module,
-        chosen: Sequence[Member],
-        extra: Sequence[Member],
-        dim: int,
-        projection: Projection,
-        seed: int,
-        normalize: str,
-        redraw: str | None,
-        structure: str,
-        coordinates: Tensor,
-        scales: Tensor | None,
-        step: int,
-    ) -> Subspace:
-        """Of checked parts (an adapter file), frozen parameters among them."""
-        sub = cls.__new__(cls)
-        nn.Module.__init__(sub)
-        total = _coordinates_of(chosen, dim, structure)
-        if coordinates.shape != (total,) or (scales is None) != (structure == "shared"):
-            raise ValueError(f"Subspace.load: coordinates must be {total} numbers, got {describe(coordinates)}")
-        if scales is not None and scales.shape != (len(chosen),):
-            raise ValueError(f"Subspace.load: scales must be {len(chosen)} numbers, got {describe(scales)}")
-        sub._set_up(model, chosen, extra, dim, projection, seed, normalize, redraw, structure)
-        with torch.no_grad():
-            sub.coordinates.copy_(coordinates)
-            if sub.scales is not None and scales is not None:
-                sub.scales.copy_(scales)
-            if sub.step is not None:
-                sub.step.fill_(step)
-        return sub
 
     def _install(self, chosen: Sequence[Member], transforms: Sequence[ProjectedWeight]) -> None:
         for member, transform in zip(chosen, transforms, strict=True):
@@ -405,7 +325,7 @@ class Subspace(nn.Module):
     def save(self, path: str | PathLike[str]) -> None:
         """Write z, what P is, and the model's buffers and extra trainables: an adapter, a few kilobytes (safetensors).
 
-        theta0 is not in it, only its fingerprint. ``spec-projections``, section 13, says what the file holds.
+        theta0 is not in it, only its fingerprint. ``adapter.py`` says what the file holds.
 
         Raises:
             ValueError: coordinates are not finite.
@@ -440,20 +360,17 @@ class Subspace(nn.Module):
             **self.projection.options(),
         }  # fmt: skip
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.describe()
+    def get_extra_state(self) -> Tensor:
+        """:meth:`describe` as JSON in a uint8 tensor, which every format of checkpoints can hold."""
+        return torch.tensor(list(json.dumps(self.describe()).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         pass  # checked before anything was loaded
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         theirs = state_dict.get(prefix + "_extra_state")
-        ours = self.describe()
-        if theirs is not None and theirs != ours:
-            different = [k for k in ours if not isinstance(theirs, dict) or theirs.get(k) != ours[k]]
-            raise ValueError(
-                f"Subspace: the checkpoint is of another projection; {different[0] if different else 'it'} differs"
-            )
+        if theirs is not None and (different := difference(bytes(theirs.tolist()), self.describe())):
+            raise ValueError(f"Subspace: the checkpoint is of another projection; {different} differs")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Subspace:
@@ -470,28 +387,6 @@ class Subspace(nn.Module):
         super().__setstate__(state)
         if self._buffers.get("step") is not None:
             _redrawn.add(self)
-
-
-def _coordinates_of(chosen: Sequence[Member], dim: int, structure: str) -> int:
-    return sum(min(dim, m.parameter.numel()) for m in chosen) if structure == "per_tensor" else dim
-
-
-def _maps(
-    chosen: Sequence[Member], dim: int, projection: Projection, seed: int, normalize: str, structure: str
-) -> list[Map]:
-    sizes = {m.name: m.parameter.numel() for m in chosen}
-    if not projection.normalizes and normalize != "global":
-        raise ValueError(f"Subspace: normalize must be 'global' for {projection.kind}, got {normalize!r}")
-    sigmas = initial_sigmas(chosen)
-    if structure != "per_tensor":
-        return [projection.map_of(sizes, dim, seed, normalize, sigmas)]
-    if isinstance(projection, Learned) or projection.kind in ("dense", "fastfood"):
-        raise ValueError(f"Subspace: structure must be 'shared' or 'said' for {projection.kind}, got 'per_tensor'")
-    if normalize != "global":
-        raise ValueError(f"Subspace: normalize must be 'global' for structure='per_tensor', got {normalize!r}")
-    require_dim(dim, sum(sizes.values()))
-    dims = {n: min(dim, k) for n, k in sizes.items()}
-    return [projection.within(dims[n]).map_of({n: k}, dims[n], seed, "global", sigmas) for n, k in sizes.items()]
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
