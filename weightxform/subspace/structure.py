@@ -44,6 +44,7 @@ def difference(text: bytes, described: dict[str, Any]) -> str | None:
         theirs = json.loads(text)
     except ValueError:
         return "its description"
-    if not isinstance(theirs, dict) or set(theirs) != set(described):
+    if not isinstance(theirs, dict):
         return "its description"
-    return next((key for key, value in described.items() if theirs[key] != value), None)
+    different = [key for key in (*described, *theirs) if key not in theirs or theirs[key] != described.get(key)]
+    return different[0] if different else None
