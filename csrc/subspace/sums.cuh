@@ -6,6 +6,9 @@
 #ifndef WX_SUB_SUM_BYTES
 #define WX_SUB_SUM_BYTES 73728
 #endif
+#ifndef WX_SUB_COLUMN_GROUPS
+#define WX_SUB_COLUMN_GROUPS 1024
+#endif
 
 namespace wx::gpu::sub {
 
@@ -14,7 +17,8 @@ constexpr int kSumBlocks = 384;              // three on each of about 128 multi
 
 // Groups of the kinds that leave one number for each column: at most 64 MiB of float32, about.
 inline int most_column_groups(int64_t dim) {
-  return static_cast<int>(max(int64_t{16}, min(int64_t{1024}, (int64_t{1} << 24) / dim)));
+  constexpr int64_t kMost = WX_SUB_COLUMN_GROUPS, kLeast = kMost < 16 ? kMost : 16;
+  return static_cast<int>(max(kLeast, min(kMost, (int64_t{1} << 24) / dim)));
 }
 
 // A window that begins in the columns [range width, (range + 1) width) of zx is added by the block of that range: each

@@ -34,7 +34,7 @@ def python(*arguments: str, **environment: str) -> subprocess.Popen:
 @pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_in_the_interpreter(file):
     """The file has the tests: Triton reads TRITON_INTERPRET once, when it is imported."""
-    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", str(Path(__file__).with_name(file))]
     half = INTERPRETED[file]
     processes = [python(*options, "-k", chosen, TRITON_INTERPRET="1") for chosen in (half, f"not ({half})")]
     outputs = [process.communicate()[0] for process in processes]
