@@ -90,8 +90,17 @@ __device__ void fold(const Common& o, const C* acc, C* to) {
   }
 }
 
+// sm_120 needs a few registers more for permuted tiles than three blocks leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <class C, int kBits>
+constexpr int kPermuted = kTogether<C, 0>;
+#else
+template <class C, int kBits>
+constexpr int kPermuted = kTogether<C, kBits>;
+#endif
+
 template <class T, int N, int kBits, bool kHadamard>
-__global__ void __launch_bounds__(kThreads, kTogether<Compute<T>, kBits>)
+__global__ void __launch_bounds__(kThreads, kHadamard ? kTogether<Compute<T>, kBits> : kPermuted<Compute<T>, kBits>)
     tile_sums(const __grid_constant__ Table<Common, Part<T>, N> table, const Sums<Compute<T>> s) {
   using C = Compute<T>;
   WX_DYNAMIC_SHARED(raw);
