@@ -39,6 +39,7 @@ from weightxform.subspace import (
 )
 from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.subspace import triton_sums as subspace_sums
+from weightxform.triton_common import kernels as common
 from weightxform.triton_common.tables import type_of
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -175,7 +176,7 @@ def of_spectral_norm() -> Iterator[Build]:
         for number, C in (("*fp32", TL.float32), ("*fp64", TL.float64)):
             arguments = {"plan": "*i64", "numbers": number, "sums": "*fp64"}
             yield f"gather {C}", triton_kernels.gather, arguments, {"C": C}, 4, arch
-        yield "write", triton_kernels.write, {"table": "*i64"}, {}, 1, arch
+        yield "write", common.write, {"table": "*i64"}, {}, 1, arch
 
 
 def spills(ptx: str, arch: int) -> int:
