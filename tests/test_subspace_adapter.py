@@ -266,3 +266,13 @@ def test_numbers_that_are_not_finite_are_not_saved(what, value, tmp_path):
     with pytest.raises(ValueError, match=f"Subspace.save: {name} must be finite"):
         sub.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_missing_packages_are_named(tmp_path, monkeypatch, what):
+    net = torch.nn.Linear(3, 3)
+    sub = wx.Subspace(net, 2) if what == "save" else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"Subspace\.{what} needs numpy and safetensors: pip install"):
+        sub.save(tmp_path / "a") if sub else wx.Subspace.load(tmp_path / "a", net)
+    assert not list(tmp_path.iterdir())

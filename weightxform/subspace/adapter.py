@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,12 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def _require_packages(what: str) -> None:
+    missing = [name for name in ("numpy", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Subspace.{what} needs {' and '.join(missing)}: pip install 'weightxform[adapters]'")
+
+
 # writing
 
 
@@ -119,6 +126,7 @@ def _description(sub: Subspace) -> dict[str, Any]:
 
 def save(sub: Subspace, path: str | PathLike[str]) -> None:
     """See :meth:`Subspace.save`."""
+    _require_packages("save")
     from safetensors.torch import save as to_bytes
 
     trained = {"coordinates": sub.coordinates, "scales": sub.scales}
@@ -156,6 +164,7 @@ class _File:
     """A checked adapter file."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
+        _require_packages("load")
         from safetensors import SafetensorError, safe_open
 
         self.path = os.fspath(path)
