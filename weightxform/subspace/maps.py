@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from .function import Call, adjoint, project
 from .plan import Plan, make_plan
 
 
-class Map:
+class Map(ABC):
     """P for named tensors, [D, dim].
 
     Attributes:
@@ -27,12 +28,13 @@ class Map:
     dim: int
     redraws = False
 
+    @abstractmethod
     def call(self, members: Sequence[int], firsts: Sequence[int] | None) -> Call:
-        raise NotImplementedError
+        """The rows of P of these members; ``firsts``: of shards, the index of their first element."""
 
+    @abstractmethod
     def tables_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         """The tensors of P for a computation in ``dtype``."""
-        raise NotImplementedError
 
     def __init__(self) -> None:
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Any, ...]] = {}

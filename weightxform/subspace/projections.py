@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from .plan import TILE, in_order, make_plan, require_dim
 NORMALIZE = ("global", "per_tensor", "init")
 
 
-class Projection:
+class Projection(ABC):
     """Base class: which P. ``map_of`` makes it for named tensors."""
 
     kind: ClassVar[str]
@@ -25,9 +26,9 @@ class Projection:
     normalizes: ClassVar[bool] = True
     shards: ClassVar[bool] = True  # whether a rank can compute its own rows alone
 
+    @abstractmethod
     def map_of(self, sizes: Mapping[str, int], dim: int, seed: int, normalize: str, sigmas: Mapping[str, float]) -> Map:
         """``sizes``: elements of each tensor, in the order of the model."""
-        raise NotImplementedError
 
     def within(self, dim: int) -> Projection:
         """The same for a tensor that has only ``dim`` coordinates of its own."""
