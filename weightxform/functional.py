@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import require_choice, require_dim, require_int, require_positive
+from .checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
+from .filter_mlp import function as _fm
+from .filter_mlp.reference import ACTIVATIONS
+from .filter_warp import function as _fw
+from .modulation import function as _mo
 from .numerics import FLOAT_DTYPES, opmath
 from .spectral_norm import function as _sn
 from .spectral_norm.reference import matrix_shape
@@ -17,6 +21,8 @@ from .subspace.maps import Map
 from .subspace.projections import NORMALIZE, Projection, projection_of
 from .subspace.select import fan_in_sigma
 from .transform import describe, require_float
+from .warp_matrix import function as _wm
+from .warp_matrix.reference import INTERPOLATIONS, PADDINGS
 
 
 def spectral_norm(
@@ -70,8 +76,7 @@ def spectral_norm(
         require_float("spectral_norm", "gain", gain)
         if gain.ndim != 0 or gain.device != weight.device:
             raise ValueError(f"spectral_norm: gain must be 0-dim on {weight.device}, got {describe(gain)}")
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"spectral_norm: dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")
+    _require_dtype("spectral_norm", dtype)
     out, state = _sn.apply(weight, u, v, gain, dim, n_power_iterations, eps, order == "v_first", bound, dtype)
     new_u, new_v, sigma = state.split([u.shape[0], v.shape[0], 1])
     return out, new_u, new_v, sigma.reshape(())
@@ -138,3 +143,225 @@ def _map_of(
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes}
     sigmas = {name: fan_in_sigma(shape) for name, shape in shapes}
     return projection.map_of(sizes, dim, seed, normalize, sigmas)
+
+
+def filter_warp(weight: Tensor, matrix: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Every filter with its taps mapped: ``out[..., p] = sum over q of  matrix[p, q] weight[..., q]``.
+
+    Args:
+        weight: [O, I, *kernel], any strides; float64, float32, bfloat16, float16. K is the number of taps.
+        matrix: [K, K], or [B, K, K] for B conditions, float32 or float64; converted to the dtype of the sums (float64
+            for a float64 weight, else float32). [B, E, K, K] with a weight [E, O, I, *kernel]: the sum over E banks.
+        dtype: of the result; default, the weight's.
+
+    Returns:
+        [O, I, *kernel] or [B, O, I, *kernel]. Differentiable in both, any number of times.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    require_float("filter_warp", "weight", weight)
+    require_float("filter_warp", "matrix", matrix)
+    banks = matrix.ndim == 4
+    if weight.ndim < 3 + banks:
+        shape = "[E, O, I, *kernel]" if banks else "[O, I, *kernel]"
+        raise ValueError(f"filter_warp: weight must be {shape}, got {describe(weight)}")
+    taps = weight.shape[2 + banks :].numel()
+    expected = (weight.shape[0], taps, taps) if banks else (taps, taps)
+    if matrix.ndim not in (2, 3, 4) or tuple(matrix.shape[-len(expected) :]) != expected:
+        shape = f"[B, {weight.shape[0]}, {taps}, {taps}]" if banks else f"[{taps}, {taps}] or [B, {taps}, {taps}]"
+        raise ValueError(f"filter_warp: matrix must be {shape} for this weight, got {describe(matrix)}")
+    _require_device("filter_warp", "matrix", matrix, weight)
+    _require_dtype("filter_warp", dtype)
+    bank = weight if banks else weight[None]
+    a = matrix if banks else matrix[:, None] if matrix.ndim == 3 else matrix[None, None]
+    out = _fw.apply(bank.reshape(bank.shape[0], -1, taps), a, dtype)
+    return out.reshape((*a.shape[:1], *bank.shape[1:]) if matrix.ndim > 2 else weight.shape)
+
+
+def rotation_matrix(
+    angle: Tensor | float,
+    kernel_size: int | tuple[int, int],
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    padding: Literal["zeros", "border"] = "zeros",
+    *,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """The matrix for :func:`filter_warp` that turns a kernel counterclockwise, as ``torch.rot90`` does for pi/2.
+
+    Args:
+        angle: in radians, any; a number, a 0-dim tensor, or [B]. float64, or float32 (half types are converted to it).
+        kernel_size: k, or (height, width).
+        interpolation: between taps, as ``grid_sample(mode=..., align_corners=True)``.
+        padding: what lies outside the kernel: zeros, or its nearest tap.
+        dilation: the distance of two taps; only its ratio matters.
+
+    Returns:
+        [K, K] or [B, K, K] with K = height * width. Differentiable in ``angle``; one-sided where a tap lands on a tap.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    if not isinstance(angle, Tensor):
+        require_number("rotation_matrix", "angle", angle)
+        angle = torch.tensor(angle, dtype=torch.get_default_dtype())
+    require_float("rotation_matrix", "angle", angle)
+    if angle.ndim > 1:
+        raise ValueError(f"rotation_matrix: angle must be a number, 0-dim or [B], got {describe(angle)}")
+    options = _warp_options("rotation_matrix", "rotate", kernel_size, interpolation, padding, dilation)
+    a = _wm.apply(angle.reshape(-1, 1).to(opmath(angle.dtype)), options)
+    return a if angle.ndim else a[0]
+
+
+def affine_matrix(
+    theta: Tensor,
+    kernel_size: int | tuple[int, int],
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    padding: Literal["zeros", "border"] = "zeros",
+    *,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """The matrix for :func:`filter_warp` of an affine warp: the new tap at (x, y) is the old kernel at theta (x, y, 1).
+
+    Args:
+        theta: [2, 3] or [B, 2, 3], rows for x and y, positions from the middle of the kernel, x to the right, y down,
+            in units of the input (of taps, without dilation). float64 or float32; half types are converted to float32.
+        kernel_size, interpolation, padding, dilation: as in :func:`rotation_matrix`.
+
+    Returns:
+        [K, K] or [B, K, K]. Differentiable in ``theta``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    require_float("affine_matrix", "theta", theta)
+    if theta.ndim not in (2, 3) or tuple(theta.shape[-2:]) != (2, 3):
+        raise ValueError(f"affine_matrix: theta must be [2, 3] or [B, 2, 3], got {describe(theta)}")
+    options = _warp_options("affine_matrix", "affine", kernel_size, interpolation, padding, dilation)
+    a = _wm.apply(theta.reshape(-1, 6).to(opmath(theta.dtype)), options)
+    return a if theta.ndim == 3 else a[0]
+
+
+def _warp_options(
+    owner: str, kind: str, kernel_size: object, interpolation: object, padding: object, dilation: object
+) -> _wm.Options:
+    height, width = _pair(owner, "kernel_size", kernel_size)
+    dy, dx = _pair(owner, "dilation", dilation)
+    require_choice(owner, "interpolation", interpolation, INTERPOLATIONS)
+    require_choice(owner, "padding", padding, PADDINGS)
+    return _wm.Options(kind, height, width, float(dy), float(dx), str(interpolation), str(padding))
+
+
+def _pair(owner: str, name: str, value: object) -> tuple[int, int]:
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{owner}: {name} must be an int or two of them, got {value!r}")
+    for number in pair:
+        require_int(owner, name, number, 1)
+    return pair
+
+
+def modulate(
+    weight: Tensor, style: Tensor, demodulate: bool = True, *, eps: float = 1e-8, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A filter bank for each sample: its input channels scaled by ``style``, then each output's filter to norm 1.
+
+    Args:
+        weight: [O, I, *kernel], any strides; float64, float32, bfloat16, float16.
+        style: [N, I], or [I] for one sample; converted to the dtype of the sums (float64 for a float64 weight, else
+            float32), in which everything but the result is, so that float16 neither overflows nor underflows.
+        demodulate: divide by ``sqrt(sum of squares + eps)`` of each output's filter.
+        dtype: of the result; default, the weight's.
+
+    Returns:
+        [N, O, I, *kernel], or [O, I, *kernel] for [I]. Differentiable in both, any number of times.
+
+    Source: Karras et al. 2020, equations 1 and 3; see ``weightxform/modulation/reference.py``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    require_float("modulate", "weight", weight)
+    require_float("modulate", "style", style)
+    if weight.ndim < 2:
+        raise ValueError(f"modulate: weight must be [O, I, *kernel], got {describe(weight)}")
+    if style.ndim not in (1, 2) or style.shape[-1] != weight.shape[1]:
+        shape = f"[N, {weight.shape[1]}] or [{weight.shape[1]}]"
+        raise ValueError(f"modulate: style must be {shape} for weight {describe(weight)}, got {describe(style)}")
+    require_bool("modulate", "demodulate", demodulate)
+    require_positive("modulate", "eps", eps)
+    _require_device("modulate", "style", style, weight)
+    _require_dtype("modulate", dtype)
+    styles = style if style.ndim == 2 else style[None]
+    taps = weight.shape[2:].numel()
+    out = _mo.apply(weight.reshape(*weight.shape[:2], taps), styles, demodulate, eps, dtype)
+    return out.reshape((styles.shape[0], *weight.shape) if style.ndim == 2 else weight.shape)
+
+
+def filter_mlp(
+    weight: Tensor,
+    condition: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    activation: Literal["relu", "silu", "tanh"] = "relu",
+    residual: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Every filter mapped by one small network of its taps and a condition: ``w + w2 act(w1 [w, c] + b1) + b2``.
+
+    Args:
+        weight: [O, I, *kernel], K taps each; float64, float32, bfloat16, float16.
+        condition: [n], or [B, n] for B of them.
+        w1, b1, w2, b2: [H, K + n] (the columns of the taps first), [H], [K, H], [K]. These and the condition are
+            converted to the dtype of the sums: float64 for a float64 weight, else float32.
+        activation: of the hidden layer.
+        residual: add the filter itself.
+        dtype: of the result; default, the weight's.
+
+    Returns:
+        [O, I, *kernel] or [B, O, I, *kernel]. Differentiable in all tensors, any number of times; the hidden layer of
+        B O I H numbers is never stored.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    for name, tensor in {"weight": weight, "condition": condition, "w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+        require_float("filter_mlp", name, tensor)
+        _require_device("filter_mlp", name, tensor, weight)
+    if weight.ndim < 3:
+        raise ValueError(f"filter_mlp: weight must be [O, I, *kernel], got {describe(weight)}")
+    if condition.ndim not in (1, 2):
+        raise ValueError(f"filter_mlp: condition must be [n] or [B, n], got {describe(condition)}")
+    taps, hidden = weight.shape[2:].numel(), w1.shape[0] if w1.ndim else 0
+    shapes = {
+        "w1": (w1, (hidden, taps + condition.shape[-1])),
+        "b1": (b1, (hidden,)),
+        "w2": (w2, (taps, hidden)),
+        "b2": (b2, (taps,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape or not hidden:
+            expected = list(shape) if hidden else f"[H, {taps + condition.shape[-1]}] with H > 0"
+            raise ValueError(f"filter_mlp: {name} must be {expected}, got {describe(tensor)}")
+    require_choice("filter_mlp", "activation", activation, ACTIVATIONS)
+    require_bool("filter_mlp", "residual", residual)
+    _require_dtype("filter_mlp", dtype)
+    wide = opmath(weight.dtype)
+    conditions = (condition if condition.ndim == 2 else condition[None]).to(wide)
+    of_taps, of_condition = w1.to(wide).split([taps, condition.shape[-1]], 1)
+    v = torch.addmm(b1.to(wide), conditions, of_condition.T)
+    out = _fm.apply(weight.reshape(-1, taps), v, of_taps, w2, b2, activation, residual, dtype)
+    return out.reshape((conditions.shape[0], *weight.shape) if condition.ndim == 2 else weight.shape)
+
+
+def _require_device(owner: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.device != weight.device:
+        raise ValueError(f"{owner}: {name} must be on {weight.device} as weight is, got {describe(tensor)}")
+
+
+def _require_dtype(owner: str, dtype: object) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{owner}: dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")

@@ -1,0 +1,1 @@
+"""Weights that follow a condition: warps, hypernetworks, and whole models with them."""

@@ -1,0 +1,1 @@
+"""A small network over each filter of a bank."""

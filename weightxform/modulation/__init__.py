@@ -1,0 +1,1 @@
+"""Style modulation and demodulation of a filter bank."""

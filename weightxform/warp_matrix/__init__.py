@@ -1,0 +1,1 @@
+"""The matrices of affine warps of a kernel."""
