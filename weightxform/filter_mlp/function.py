@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -50,8 +48,10 @@ class FilterMLPFunction(torch.autograd.Function):
             return out.unflatten(0, folded.shape[:2]), 0
         members = []
         for i in range(info.batch_size):
-            own: Any = [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims[:5], strict=True)]
-            members.append(apply(*own, activation, residual, out_dtype))
+            w, hidden, first, second, bias = (
+                t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims[:5], strict=True)
+            )
+            members.append(apply(w, hidden, first, second, bias, activation, residual, out_dtype))
         return torch.stack(members), 0
 
 
