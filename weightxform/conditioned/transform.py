@@ -14,6 +14,7 @@ from ..numerics import opmath
 from ..transform import Transform, describe, require_float
 
 Conditions = Mapping[str, Tensor]
+Needs = dict[str | None, tuple[int, ...] | None]
 
 
 class Kernel(NamedTuple):
@@ -43,19 +44,45 @@ class FilterTransform(Transform):
     ``ComputedParameter(layer.weight, transform)``, where it must own what it needs (``wx.Rotate(angle=parameter)``);
     and by itself, ``transform.at(weight, {"angle": angles})`` after ``transform.attach(weight, layer)``.
 
-    A subclass implements :meth:`needs` and :meth:`at`, and :meth:`attach` where its parameters depend on the layer.
-    ``a + b`` is the sum of what both give, ``a @ b`` applies b, then a. A *change* (:attr:`is_change`, as
+    A subclass implements :meth:`needs` and :meth:`at`, and :meth:`check` and :meth:`create` where it depends on the
+    layer. ``a + b`` is the sum of what both give, ``a @ b`` applies b, then a. A *change* (:attr:`is_change`, as
     ``LearnedResidual``) gives what is to be added: alone, or in a sum of changes, it is added to the weight.
     """
 
     is_change: ClassVar[bool] = False
+    shape: tuple[int, ...] | None = None  # of the weight that it serves
 
-    def needs(self) -> dict[str | None, tuple[int, ...] | None]:
+    def needs(self) -> Needs:
         """The conditions that :meth:`at` must be given: name -> shape of one.
 
         ``None`` as name: whichever single one is there. ``None`` as shape: any.
         """
         return {}
+
+    def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
+        self.check(raw, module)
+        self.create(raw, module)
+
+    def check(self, weight: Tensor, module: nn.Module | None) -> None:
+        """Raise ``ValueError`` or ``TypeError`` where this cannot serve ``weight`` of ``module``; change nothing."""
+        owner = type(self).__name__
+        require_float(owner, "the weight", weight)
+        if self.shape is not None:
+            raise ValueError(f"{owner}: this instance serves another weight already; give each weight its own")
+
+    def create(self, weight: Tensor, module: nn.Module | None) -> None:
+        """Create what depends on the weight, which :meth:`check` has passed."""
+        self.shape = tuple(weight.shape)
+
+    def fitting(self, weight: Tensor) -> Tensor:
+        """``weight``, if it is of the shape that was attached; else ``RuntimeError`` or ``ValueError``."""
+        owner = type(self).__name__
+        if self.shape is None:
+            raise RuntimeError(f"{owner}: not attached to a weight yet; call attach(weight, layer)")
+        require_float(owner, "weight", weight)
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"{owner}: weight must be {list(self.shape)}, as was attached, got {describe(weight)}")
+        return weight
 
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         """What the transform gives for C conditions.
@@ -73,8 +100,47 @@ class FilterTransform(Transform):
 
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         """:meth:`at`, and for a change the weight with it."""
-        out = self.at(weight, conditions, dtype)
-        return weight.to(out.dtype) + out if self.is_change else out
+        if not self.is_change:
+            return self.at(weight, conditions, dtype)
+        wide = opmath(weight.dtype)  # one rounding
+        return (weight.to(wide) + self.at(weight, conditions, wide)).to(dtype or weight.dtype)
+
+    def linear(self) -> View | None:
+        """The axes along which :meth:`matrix` maps the taps, where this is such a map (as warps are); else ``None``."""
+        return None
+
+    def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
+        """For a transform with :meth:`linear`: A [C, K, K], in the opmath dtype of ``like`` and on its device.
+
+        Row p says of which taps the new tap p is made.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no matrix(conditions, like)")
+
+    def whole_matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
+        """:meth:`matrix`, and for a change the identity with it."""
+        a = self.matrix(conditions, like)
+        return a + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if self.is_change else a
+
+    def has_activation(self, weight: Tensor, layer: nn.Module) -> bool:
+        """Whether :meth:`activation` serves this layer."""
+        return False
+
+    def activation(
+        self, layer: nn.Module, x: Tensor, weight: Tensor, conditions: Conditions, index: Tensor | None
+    ) -> Tensor | None:
+        """What ``layer`` gives for ``x`` with its weight transformed, without a weight for each sample.
+
+        Args:
+            layer: of which bias, stride, padding and the like are taken.
+            x: [B, ...], its input.
+            weight: as in :meth:`at`.
+            conditions: name -> [C, *shape].
+            index: int64 [B]: which of the C conditions each sample has; ``None``: each its own.
+
+        Returns:
+            The output, or ``None`` where :meth:`has_activation` is false.
+        """
+        return None
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
         needed = self.needs()
@@ -104,6 +170,17 @@ def given(owner: str, conditions: Conditions, name: str | None) -> Tensor:
     return conditions[name]
 
 
+def numbers(owner: str, conditions: Conditions, name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """:func:`given`, [C, *shape], in the opmath dtype of ``like``; ``ValueError``, ``TypeError`` if it does not fit."""
+    c = given(owner, conditions, name)
+    label = "the condition" if name is None else f"condition {name!r}"
+    require_float(owner, label, c)
+    if c.ndim == 0 or tuple(c.shape[1:]) != shape or c.device != like.device:
+        expected = ", ".join(["C", *map(str, shape)])
+        raise ValueError(f"{owner}: {label} must be [{expected}] on {like.device}, got {describe(c)}")
+    return c.to(opmath(like.dtype))
+
+
 class View(NamedTuple):
     """How a warp sees a weight [O, I, *kernel]: which axes it maps (the others count as channels)."""
 
@@ -121,14 +198,22 @@ class View(NamedTuple):
 class Warp(FilterTransform):
     """A transform that maps the taps of each filter by a matrix: ``out = A(condition) filter``.
 
-    A subclass implements :meth:`matrix`, and sets :attr:`view` in :meth:`attach`.
+    A subclass implements :meth:`matrix`, and :meth:`plan` where it maps fewer than all spatial axes.
     """
 
     view: View | None = None
 
-    def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
-        """A [C, K, K], float64 or float32 on the device of ``like``: row p says of which taps the new tap p is made."""
-        raise NotImplementedError(f"{type(self).__name__} must implement matrix(conditions, like)")
+    def plan(self, kernel: Kernel) -> View:
+        """Which axes it maps; ``ValueError`` for a kernel that it cannot serve. Changes nothing."""
+        return View.all_of(kernel)
+
+    def check(self, weight: Tensor, module: nn.Module | None) -> None:
+        super().check(weight, module)
+        self.plan(Kernel.of(type(self).__name__, weight, module))
+
+    def create(self, weight: Tensor, module: nn.Module | None) -> None:
+        super().create(weight, module)
+        self.view = self.plan(Kernel.of(type(self).__name__, weight, module))
 
     def seen(self) -> View:
         """:attr:`view`; ``RuntimeError`` before :meth:`attach`."""
@@ -136,8 +221,14 @@ class Warp(FilterTransform):
             raise RuntimeError(f"{type(self).__name__}: not attached to a weight yet; call attach(weight, layer)")
         return self.view
 
+    def linear(self) -> View | None:
+        return self.seen()
+
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
-        return warped(weight, self.matrix(conditions, weight), self.seen(), dtype)
+        return warped(self.fitting(weight), self.matrix(conditions, weight), self.seen(), dtype)
+
+    def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
+        return warped(self.fitting(weight), self.whole_matrix(conditions, weight), self.seen(), dtype)
 
 
 def warped(weight: Tensor, matrix: Tensor, view: View, dtype: torch.dtype | None) -> Tensor:
@@ -159,8 +250,8 @@ class _Pair(FilterTransform):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def needs(self) -> dict[str | None, tuple[int, ...] | None]:
-        needed: dict[str | None, tuple[int, ...] | None] = {}
+    def needs(self) -> Needs:
+        needed: Needs = {}
         for part in self.parts:
             for name, shape in part.needs().items():  # type: ignore[operator]
                 if needed.setdefault(name, shape) != shape:
@@ -170,32 +261,39 @@ class _Pair(FilterTransform):
                     )
         return needed
 
-    def attach(self, raw: Tensor, module: nn.Module | None = None, name: str = "weight") -> None:
-        for part in self.parts:
-            part.attach(raw, module, name)  # type: ignore[operator]
+    def check(self, weight: Tensor, module: nn.Module | None) -> None:
+        super().check(weight, module)
+        leaves = _leaves(self)
+        for i, leaf in enumerate(leaves):
+            if any(leaf is other for other in leaves[:i]):
+                raise ValueError(f"{type(self).__name__}: one {type(leaf).__name__} is in it twice; make two of them")
+            leaf.check(weight, module)
 
-    def _view(self) -> View | None:
-        """Of all parts, if they are warps that map the same axes; else ``None``."""
-        views = {part.seen() if isinstance(part, Warp) else None for part in _leaves(self)}
+    def create(self, weight: Tensor, module: nn.Module | None) -> None:
+        super().create(weight, module)
+        for part in self.parts:
+            part.attach(weight, module)  # type: ignore[operator]
+
+    def linear(self) -> View | None:
+        """Of both parts, if they map the same axes."""
+        views = {part.linear() for part in self.parts}  # type: ignore[operator]
         return views.pop() if len(views) == 1 else None
+
+    def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
+        view = self.linear()
+        if view is None:
+            return self.of_parts(self.fitting(weight), conditions, dtype or weight.dtype)
+        return warped(self.fitting(weight), self.matrix(conditions, weight), view, dtype)
+
+    def of_parts(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype) -> Tensor:
+        """:meth:`at` where there is no matrix."""
+        raise NotImplementedError
 
 
 def _leaves(transform: FilterTransform) -> list[FilterTransform]:
     if not isinstance(transform, _Pair):
         return [transform]
     return [leaf for part in transform.parts for leaf in _leaves(part)]  # type: ignore[arg-type]
-
-
-def _matrix(transform: Any, conditions: Conditions, like: Tensor) -> Tensor:
-    """A of a warp, or of sums and chains of warps that map the same axes."""
-    if isinstance(transform, Warp):
-        return transform.matrix(conditions, like)
-    return transform._matrix(conditions, like)
-
-
-def _whole_matrix(transform: Any, conditions: Conditions, like: Tensor) -> Tensor:
-    a = _matrix(transform, conditions, like)
-    return a + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if transform.is_change else a
 
 
 class Sum(_Pair):
@@ -205,35 +303,47 @@ class Sum(_Pair):
     def is_change(self) -> bool:  # type: ignore[override]
         return all(part.is_change for part in self.parts)
 
-    def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
-        view = self._view()
+    def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
+        view = self.linear()
         if view is not None:
-            return warped(weight, self._matrix(conditions, weight), view, dtype)
-        wide = opmath(weight.dtype)  # one rounding
-        out = sum(part.at(weight, conditions, wide) for part in self.parts)  # type: ignore[operator]
-        assert isinstance(out, Tensor)
+            return warped(self.fitting(weight), self.whole_matrix(conditions, weight), view, dtype)
+        if not self.is_change:
+            return self.at(weight, conditions, dtype)
+        a, b = self.parts  # the weight comes with one of them, which may have it for nothing
+        wide = opmath(self.fitting(weight).dtype)
+        out = a.whole(weight, conditions, wide) + b.at(weight, conditions, wide)  # type: ignore[operator]
         return out.to(dtype or weight.dtype)
 
-    def _matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
-        a, b = (_matrix(part, conditions, like) for part in self.parts)
+    def of_parts(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype) -> Tensor:
+        wide = opmath(weight.dtype)  # one rounding
+        a, b = (part.at(weight, conditions, wide) for part in self.parts)  # type: ignore[operator]
+        return (a + b).to(dtype)
+
+    def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
+        a, b = (part.matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a + b
 
 
 class Chain(_Pair):
     """One transform after the other; ``a @ b`` applies b first."""
 
-    def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
-        view = self._view()
-        if view is not None:
-            return warped(weight, self._matrix(conditions, weight), view, dtype)
+    def of_parts(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype) -> Tensor:
+        a: Any
+        b: Any
         a, b = self.parts
-        inner = b.whole(weight, conditions, opmath(weight.dtype))  # type: ignore[operator]
-        outs = [
-            a.whole(w, {n: c[i : i + 1] for n, c in conditions.items()}, dtype or weight.dtype)  # type: ignore[operator]
-            for i, w in enumerate(inner)
-        ]
+        inner = b.whole(weight, conditions, opmath(weight.dtype))
+        if inner.shape[0] == 1:
+            return a.whole(inner[0], conditions, dtype)
+        view = a.linear()
+        if view is not None:  # each condition has its own weight
+            matrix = a.whole_matrix(conditions, inner)
+            last = tuple(range(inner.ndim - len(view.axes), inner.ndim))
+            moved = inner.movedim([1 + d for d in view.axes], last)
+            out = moved.reshape(inner.shape[0], -1, view.taps) @ matrix.transpose(1, 2)
+            return out.reshape(moved.shape).movedim(last, [1 + d for d in view.axes]).to(dtype)
+        outs = [a.whole(w, {n: c[i : i + 1] for n, c in conditions.items()}, dtype) for i, w in enumerate(inner)]
         return torch.cat(outs)
 
-    def _matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
-        a, b = (_whole_matrix(part, conditions, like) for part in self.parts)
+    def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
+        a, b = (part.whole_matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a @ b

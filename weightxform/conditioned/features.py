@@ -1,0 +1,53 @@
+"""What a small network is told of a condition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import require_int
+from .transform import Conditions, numbers
+
+
+class Features(NamedTuple):
+    """Of an angle the cosines and sines of its multiples; else the numbers themselves."""
+
+    owner: str
+    condition: str | None
+    size: int | None  # how many numbers; None: one, without an axis
+    harmonics: int | None
+
+    @staticmethod
+    def checked(owner: str, condition: object, size: object, harmonics: object) -> Features:
+        """Raises ``TypeError`` or ``ValueError`` for what does not fit together."""
+        if condition is not None and not isinstance(condition, str):
+            raise TypeError(f"{owner}: condition must be the name of a condition or None, got {condition!r}")
+        if size is not None:
+            require_int(owner, "size", size, 1)
+        if harmonics is not None:
+            require_int(owner, "harmonics", harmonics, 1)
+            if size is not None:
+                raise ValueError(
+                    f"{owner}: size must be None where harmonics are taken of an angle, got {size}; "
+                    "harmonics=None takes the numbers as they are"
+                )
+        return Features(owner, condition, size, harmonics)  # type: ignore[arg-type]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one condition."""
+        return () if self.size is None else (self.size,)
+
+    @property
+    def count(self) -> int:
+        return self.size or 1 if self.harmonics is None else 2 * self.harmonics
+
+    def of(self, conditions: Conditions, like: Tensor) -> Tensor:
+        """[C, count] in the opmath dtype of ``like``: cos c, cos 2c, ..., sin c, sin 2c, ..., or the numbers."""
+        c = numbers(self.owner, conditions, self.condition, self.shape, like)
+        if self.harmonics is None:
+            return c.reshape(c.shape[0], self.count)
+        angles = c[:, None] * torch.arange(1, self.harmonics + 1, dtype=c.dtype, device=c.device)
+        return torch.cat([angles.cos(), angles.sin()], 1)
