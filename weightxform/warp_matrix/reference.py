@@ -14,7 +14,8 @@ coefficients
     bilinear   t = 0, 1:         1 - f, f
     bicubic    t = -1, 0, 1, 2:  Keys' cubic with a = -3/4 (Keys 1981, equation 4)
 
-Taps outside the kernel count as zero (``"zeros"``) or as the nearest one inside (``"border"``). So
+Taps outside the kernel count as zero (``"zeros"``) or as the nearest one inside (``"border"``); the row of a position
+that is not finite is NaN. So
 
     ds_x[p] = sum over i, j of dA[p, (i, j)] Y[p, i] X'[p, j]      and the same for s_y,
 
@@ -97,13 +98,14 @@ def _along(s: Tensor, size: int, interpolation: str, padding: str) -> tuple[Tens
     n = s.detach().floor()
     first, values, slopes = _coefficients(s - n, interpolation)
     taps = torch.arange(size, dtype=s.dtype, device=s.device)
+    rest = 0 * n[..., None]  # 0, but NaN where s is not finite
     of_values: Tensor = s.new_zeros(())
     of_slopes: Tensor = s.new_zeros(())
     for t, (value, slope) in enumerate(zip(values, slopes, strict=True), first):
         at = n + t
         hit = (at.clamp(0, size - 1) if padding == "border" else at)[..., None] == taps
-        of_values = of_values + torch.where(hit, value[..., None], 0)
-        of_slopes = of_slopes + torch.where(hit, slope[..., None], 0)
+        of_values = of_values + torch.where(hit, value[..., None], rest)
+        of_slopes = of_slopes + torch.where(hit, slope[..., None], rest)
     return of_values, of_slopes
 
 
