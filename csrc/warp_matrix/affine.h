@@ -70,10 +70,10 @@ WX_HOST_DEVICE inline void of_params(Kind kind, const C* dt, const C* params, C*
   }
 }
 
-// The taps of one axis around a position: which (-1: outside, where zeros are), their X and X'.
+// The taps of one axis around a position: which (-1: none, or outside where zeros are), their X and X'. Always four, so
+// that a GPU keeps them in registers.
 template <class C>
 struct Axis {
-  int count;
   int at[4];
   C value[4], slope[4];
   C rest;  // X of all others: 0, but NaN for a position that is not finite
@@ -81,7 +81,7 @@ struct Axis {
   // X of the tap j; two of the four may be the same where the nearest one stands for those outside.
   WX_HOST_DEVICE C of(int j) const {
     C sum = rest;
-    for (int t = 0; t < count; t++) sum += at[t] == j ? value[t] : C(0);
+    for (int t = 0; t < 4; t++) sum += at[t] == j ? value[t] : C(0);
     return sum;
   }
 };
@@ -91,7 +91,6 @@ WX_HOST_DEVICE inline Axis<C> along(C s, int size, bool bicubic, bool border) {
   using std::floor;
   Axis<C> axis;
   const C n = floor(s), f = s - n, g = 1 - f;
-  axis.count = bicubic ? 4 : 2;
   axis.rest = 0 * s;
   if (bicubic) {
     axis.value[0] = C(-0.75) * f * g * g;
@@ -107,13 +106,14 @@ WX_HOST_DEVICE inline Axis<C> along(C s, int size, bool bicubic, bool border) {
     axis.value[1] = f;
     axis.slope[0] = -1;
     axis.slope[1] = 1;
+    for (int t = 2; t < 4; t++) axis.value[t] = axis.slope[t] = 0;
   }
   // far outside, where an int may not hold n, every position is the same
   const C last = static_cast<C>(size - 1), near = n < -4 ? C(-4) : n > last + 4 ? last + 4 : n;
-  for (int t = 0; t < axis.count; t++) {
+  for (int t = 0; t < 4; t++) {
     const int tap = (near == near ? static_cast<int>(near) : 0) + t - (bicubic ? 1 : 0);
-    const bool inside = 0 <= tap && tap < size;
-    axis.at[t] = inside ? tap : !border ? -1 : tap < 0 ? 0 : size - 1;
+    const bool inside = 0 <= tap && tap < size, used = bicubic || t < 2;
+    axis.at[t] = inside && used ? tap : !(border && used) ? -1 : tap < 0 ? 0 : size - 1;
   }
   return axis;
 }
@@ -138,8 +138,8 @@ struct Source {
   // dt[6] += what dA[p, :], the row `grad` of K numbers, contributes to dT.
   WX_HOST_DEVICE void add_gradient(const Grid<C>& grid, const C* grad, C* dt) const {
     C ds_x = x.rest + y.rest, ds_y = ds_x;
-    for (int i = 0; i < y.count; i++)
-      for (int j = 0; j < x.count; j++) {
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++) {
         if (y.at[i] < 0 || x.at[j] < 0) continue;
         const C g = grad[y.at[i] * grid.width + x.at[j]];
         ds_x += g * y.value[i] * x.slope[j];
