@@ -1,0 +1,171 @@
+"""The cases: one filter bank made for C conditions, or a model that is given them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...case import Case, Problem
+from . import plain
+
+Tensors = dict[str, Tensor]
+Form = Callable[..., Tensor]
+
+HIDDEN, EXPERTS = 64, 4
+WITHIN = math.radians(40)  # ARC's router keeps its angles there
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A transform.
+
+    Attributes:
+        form: what is right: the formula in plain torch, of the tensors of ``shapes`` by name, and ``weight``.
+        each: name -> shape of one condition; drawn by ``draw``.
+        shared: name -> shape, of a weight [O, I, *k]; normal, over the root of their last axis.
+    """
+
+    form: Form
+    each: Callable[[Sequence[int]], dict[str, tuple[int, ...]]]
+    draw: Callable[..., Tensor] = torch.randn
+    shared: Callable[[Sequence[int]], dict[str, tuple[int, ...]]] = lambda weight: {}
+    banks: int | None = None
+
+
+def _taps(weight: Sequence[int]) -> int:
+    return math.prod(weight[2:])
+
+
+def _between(low: float, high: float, *shape: int) -> Tensor:
+    return torch.rand(*shape) * (high - low) + low
+
+
+def _affine(*shape: int) -> Tensor:
+    return torch.tensor([[1.0, 0, 0], [0, 1, 0]]) + _between(-0.4, 0.4, *shape)
+
+
+def _warp(theta: Callable[[Tensor], Tensor], padding: str) -> Form:
+    def form(weight: Tensor, params: Tensor) -> Tensor:
+        return plain.matmul(weight, plain.warp_matrix(theta(params), weight.shape[-1], padding))
+
+    return form
+
+
+def _mlp_shapes(weight: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    taps = _taps(weight)
+    return {"w1": (HIDDEN, taps + 2), "b1": (HIDDEN,), "w2": (taps, HIDDEN), "b2": (taps,)}
+
+
+TURN: dict[str, tuple[int, ...]] = {"params": ()}
+KINDS = {
+    "rotate": Kind(_warp(plain.rotation, "zeros"), lambda w: TURN, partial(_between, -math.pi, math.pi)),
+    "rotate_border": Kind(_warp(plain.rotation, "border"), lambda w: TURN, partial(_between, -WITHIN, WITHIN)),
+    "scale": Kind(_warp(plain.scaling, "zeros"), lambda w: {"params": (2,)}, partial(_between, 0.6, 1.6)),
+    "shear": Kind(_warp(plain.shearing, "zeros"), lambda w: {"params": (2,)}, partial(_between, -0.5, 0.5)),
+    "affine": Kind(_warp(lambda theta: theta, "zeros"), lambda w: {"params": (2, 3)}, _affine),
+    "learned": Kind(plain.matmul, lambda w: {"matrix": (_taps(w), _taps(w))}),
+    "filter_mlp": Kind(plain.filter_mlp, lambda w: {"condition": (2,)}, shared=_mlp_shapes),
+    "modulate": Kind(plain.modulated, lambda w: {"style": (w[1],)}),
+    "demodulate": Kind(plain.demodulated, lambda w: {"style": (w[1],)}),
+    "experts": Kind(plain.experts, lambda w: {"routing": (EXPERTS,)}, banks=EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class FilterCase(Case):
+    """``count``: C, all different; ``frozen``: no gradient for the base; ``plain``: baselines, the main one first."""
+
+    kind: str = "rotate"
+    shape: tuple[int, ...] = (1, 1, 3, 3)
+    count: int = 1
+    frozen: bool = False
+    plain: tuple[str, ...] = ()
+
+    @property
+    def memory(self) -> int:
+        """Bytes, roughly: results, their gradients and what is right, a few times over, and hidden layers."""
+        out = 4 * self.count * math.prod(self.shape)
+        return out * (24 if self.kind != "filter_mlp" else 24 + 6 * HIDDEN // _taps(self.shape))
+
+
+def _bank(shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(shape[1], shape[0], shape[2], bias=False))
+
+
+def case(
+    kind: str, out: int, into: int, k: int, count: int, *plain: str, frozen: bool = False, quick: bool = False
+) -> FilterCase:
+    """``plain``: the baselines, by their names in ``variants.py``."""
+    shape = (out, into, k, k)
+    name = f"{kind}-{out}x{into}x{k}x{k}-C{count}" + "-frozen" * frozen
+    return FilterCase(
+        name, "filters", partial(_bank, shape), None, quick,
+        kind=kind, shape=shape, count=count, frozen=frozen, plain=plain,
+    )  # fmt: skip
+
+
+@dataclass
+class FilterProblem(Problem):
+    """``tensors``: name -> what the transform takes, ``weight`` the first; ``each``: the names of the conditions."""
+
+    case: FilterCase
+    tensors: Tensors = field(init=False)
+    each: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        c, kind = self.case, KINDS[self.case.kind]
+        torch.manual_seed(self.seed)
+        self.model = c.model().to(self.device).train()
+        weight = next(self.model.parameters()).detach()
+        if kind.banks is not None:
+            weight = torch.stack([weight, *(self.randn(*c.shape) * weight.std() for _ in range(kind.banks - 1))])
+        each = kind.each(c.shape)
+        self.each = set(each)
+        self.weights = [weight]
+        self.tensors = {"weight": weight}
+        self.tensors |= {name: kind.draw(c.count, *shape).to(self.device) for name, shape in each.items()}
+        self.tensors |= {n: self.randn(*s) / s[-1] ** 0.5 for n, s in kind.shared(c.shape).items()}
+        # Along the weight as much as across it, so that what demodulation projects out is not all that there is.
+        noise, base = self.randn(c.count, *c.shape), weight if kind.banks is None else weight[0]
+        self.douts = [noise.add_(base * float(noise[0].norm() / base.norm()))]
+
+    def leaves(self) -> Tensors:
+        """Fresh; the base gets no gradient where it is frozen."""
+        frozen = {"weight"} if self.case.frozen else set()
+        return {n: t.clone().requires_grad_(n not in frozen) for n, t in self.tensors.items()}
+
+    def answer(self, factor: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """(results, gradients of the leaves that get one, times ``factor``) by the formula, a condition at a time."""
+        form = KINDS[self.case.kind].form
+        leaves = scaled(self.leaves(), factor, dtype)
+        outs = []
+        for k in range(self.case.count):
+            out = form(**{n: t[k : k + 1] if n in self.each else t for n, t in leaves.items()})
+            out.backward(self.douts[0][k : k + 1].to(dtype))
+            outs.append(out.detach())
+        return [torch.cat(outs)], [t.grad for t in raws(leaves)]  # type: ignore[misc]
+
+
+def raws(leaves: Tensors) -> list[Tensor]:
+    return [t for t in leaves.values() if t.requires_grad]
+
+
+def scaled(leaves: Tensors, factor: float, dtype: torch.dtype) -> Tensors:
+    """Those that get a gradient times ``factor``; all in ``dtype``."""
+    return {
+        n: (t.detach() * (factor if t.requires_grad else 1)).to(dtype).requires_grad_(t.requires_grad)
+        for n, t in leaves.items()
+    }
+
+
+def floor(problem: FilterProblem) -> tuple[int, int]:
+    """C filter banks are written, and their gradients read; all else is read in both, its gradients are written."""
+    read = sum(t.nbytes for t in problem.tensors.values())
+    written = read - problem.tensors["weight"].nbytes * problem.case.frozen
+    out = problem.douts[0].nbytes
+    return read + out, out + read + written
