@@ -17,7 +17,7 @@ import weightxform as wx
 from weightxform.__main__ import main
 from weightxform.bench import case as cases
 from weightxform.bench import footprint, gate, measure, models, report, rooms, suite, summary, timing, tuned
-from weightxform.bench.rooms import spectral_norm, subspace
+from weightxform.bench.rooms import filters, spectral_norm, subspace
 from weightxform.registry import OPS
 
 CPU = torch.device("cpu")
@@ -404,9 +404,9 @@ def test_list_and_names(capsys: pytest.CaptureFixture) -> None:
         return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
 
     everything = listed()
-    assert everything == [c.name for c in (*spectral_norm.CASES, *subspace.CASES)]
-    assert listed("spectral_norm") == everything[:19]
-    assert listed("subspace") == everything[19:]
+    by_room = [[c.name for c in room.CASES] for room in (filters, spectral_norm, subspace)]
+    assert everything == sum(by_room, [])
+    assert [listed(name) for name in ("filters", "spectral_norm", "subspace")] == by_room
     assert listed("resnet*") == ["resnet-18", "resnet-50"]
     assert listed("--quick", "spectral_norm") == [c.name for c in spectral_norm.CASES if c.quick]
     assert listed("--quick", "resnet-50") == ["resnet-50"]
@@ -439,7 +439,7 @@ def test_a_room_is_found_because_it_is_there(tmp_path: Path, monkeypatch: pytest
         "ROOM = replace(ROOM, name='toy', cases=())\n"
     )
     monkeypatch.setattr(rooms, "__path__", [*rooms.__path__, str(tmp_path)])
-    assert list(cases.find_rooms()) == ["spectral_norm", "subspace", "toy"]
+    assert list(cases.find_rooms()) == ["filters", "spectral_norm", "subspace", "toy"]
 
 
 # the verdicts
