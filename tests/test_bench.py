@@ -405,7 +405,7 @@ def test_list_and_names(capsys: pytest.CaptureFixture) -> None:
 
     everything = listed()
     by_room = [[c.name for c in room.CASES] for room in (filters, spectral_norm, subspace)]
-    assert everything == sum(by_room, [])
+    assert everything == [name for names in by_room for name in names]
     assert [listed(name) for name in ("filters", "spectral_norm", "subspace")] == by_room
     assert listed("resnet*") == ["resnet-18", "resnet-50"]
     assert listed("--quick", "spectral_norm") == [c.name for c in spectral_norm.CASES if c.quick]
