@@ -28,8 +28,8 @@ class WarpMatrixFunction(torch.autograd.Function):
     """``(params [B, P], *options) -> A [B, K, K]``."""
 
     @staticmethod
-    def forward(params, *options):
-        return warp_matrix_fwd(params, *options)
+    def forward(params, kind, height, width, dy, dx, interpolation, padding):  # written out: Dynamo miscounts *options
+        return warp_matrix_fwd(params, kind, height, width, dy, dx, interpolation, padding)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
