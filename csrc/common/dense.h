@@ -88,6 +88,18 @@ inline Tensor allocate(const Dims& sizes, const Dims& strides, ScalarType dtype)
   return out;
 }
 
+// As torch has them: an empty axis counts as one of size 1.
+inline Dims contiguous_strides(const Dims& sizes) {
+  Dims strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
+  return strides;
+}
+
+inline Tensor contiguous(const Dims& sizes, ScalarType dtype) {
+  return allocate(sizes, contiguous_strides(sizes), dtype);
+}
+
 // `t` with its elements in memory as `strides` says: itself where they are so already, else a copy.
 inline Tensor with_strides(const Tensor& t, const Dims& strides, ScalarType dtype) {
   const Dims sizes = to_dims(t.sizes()), own = to_dims(t.strides());

@@ -9,6 +9,8 @@
 
 #include "vec.h"
 
+#define WX_ALWAYS __attribute__((always_inline))  // of a lambda
+
 namespace wx {
 
 template <class C, int Bytes>

@@ -4,8 +4,6 @@
 
 #include "../common/simd.h"
 
-#define WX_ALWAYS __attribute__((always_inline))
-
 namespace wx::sub {
 
 // x with its sign flipped where `minus`, also that of 0.
