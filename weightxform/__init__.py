@@ -5,6 +5,8 @@ from ._load import load_kernels
 from ._version import __version__
 from .backends import backend, force_from_environment
 from .computed import ComputedParameter, assign, bake, invalidate, is_computed, raw, refresh, tie
+from .conditioned import FilterTransform, Learned, LearnedResidual, Rotate
+from .conditioned.module import Conditioned
 from .grouping import constrain
 from .info import info
 from .spectral_norm import SpectralNorm, spectral_norm, torch_state_dict
@@ -17,6 +19,11 @@ force_from_environment()
 
 __all__ = [
     "ComputedParameter",
+    "Conditioned",
+    "FilterTransform",
+    "Learned",
+    "LearnedResidual",
+    "Rotate",
     "SpectralNorm",
     "Subspace",
     "SubspaceProjection",

@@ -1,0 +1,97 @@
+"""The class of a layer whose weight follows a condition: its own, with a forward that knows of several weights."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..swap import child_name, set_slots, slots_of
+from . import forms
+from .condition import Given
+from .transform import FilterTransform
+from .weight import ConditionedWeight
+
+_CHILD = child_name("weight")
+
+
+class _Following(type):
+    """The metaclass of what :func:`following` makes; a pickle makes it again."""
+
+
+_classes: dict[type, _Following] = {}
+
+
+class _Layer:
+    """With one condition the layer's own forward; with several one of the forms of ``forms.py``."""
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = self._modules.get(_CHILD)
+        if isinstance(own, ConditionedWeight):  # else another transform was put on top
+            given = own.given()
+            if given.count > 1:
+                return _several(self, own, given, input, *args, **kwargs)
+        return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+
+
+def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    forms.check_batch(layer, x, given)
+    transform = own.transform()
+    form = own.owner.form
+    if form in ("auto", "activation"):
+        acts = isinstance(transform, FilterTransform) and transform.has_activation(own.seen(own.raw(layer)), layer)
+        if form == "auto":
+            form = "activation" if acts else forms.best(layer, transform, given)
+    if form == "activation":
+        y = _activation(layer, own, transform, given, x)
+        if y is not None:
+            return y
+        if own.owner.form == "activation":
+            raise RuntimeError(
+                f"Conditioned: form='activation' is not there for {type(transform).__name__} on a "
+                f"{type(layer).__name__}; use 'auto', 'loop' or 'grouped'"
+            )
+        form = "grouped"
+    weight = layer.weight
+    if weight.ndim == own.raw(layer).ndim:  # nothing in it depends on a condition
+        return forms.plain(layer, x, weight, *args, **kwargs)
+    call = forms.looped if form == "loop" else forms.grouped
+    return call(layer, x, weight, given, *args, **kwargs)
+
+
+def _activation(layer: Any, own: ConditionedWeight, transform: Any, given: Given, x: Tensor) -> Tensor | None:
+    if not isinstance(transform, FilterTransform):
+        return None
+    weight = own.seen(own.raw(layer))
+    if transform.has_activation(weight, layer):
+        return transform.activation(layer, x, weight, given.values, given.rows())
+    view = transform.linear()
+    if view is None:
+        return None
+    matrix = transform.whole_matrix(given.values, weight)
+    matrix = matrix.expand(given.count, *matrix.shape[1:])
+    return forms.on_patches(layer, x, weight, matrix, view, given)
+
+
+def following(base: type) -> _Following:
+    """The class for a layer of class ``base``; there is one for each."""
+    if base not in _classes:
+        members = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _classes[base] = _Following(base.__name__, (_Layer, base), {**members, "__wx_plain__": base})
+    return _classes[base]
+
+
+copyreg.pickle(_Following, lambda cls: (following, (vars(cls)["__wx_plain__"],)))
+
+
+def follow(layer: nn.Module) -> None:
+    """Give a plain layer the class."""
+    layer.__class__ = following(type(layer))  # type: ignore[assignment]
+
+
+def leave(layer: nn.Module) -> None:
+    """Make a layer plain again: no transform, no class; its parameter stays."""
+    del layer._modules[_CHILD]
+    slots_of(layer)["weight"].forget()
+    set_slots(layer, {k: s for k, s in slots_of(layer).items() if k != "weight"})

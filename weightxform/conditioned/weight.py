@@ -1,0 +1,129 @@
+"""ConditionedWeight: how one weight of a model follows the condition of its Conditioned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import versions
+from .._torch import autocast_dtype
+from ..transform import Transform
+from .transform import FilterTransform
+
+if TYPE_CHECKING:
+    from .condition import Given
+    from .module import Conditioned
+
+
+class ConditionedWeight(Transform):
+    """One weight of a :class:`Conditioned`: ``raw`` is the base's, the computed weight that at the present condition.
+
+    With C > 1 conditions in the batch the computed weight is [C, *raw.shape], and the layer knows.
+    """
+
+    shares_state: ClassVar[bool] = False
+    owner: Conditioned
+    map: nn.Module | None
+
+    def __init__(self, owner: Conditioned, map: FilterTransform | None, shape: tuple[int, ...] | None) -> None:
+        """``map``: of this weight; ``None``: the one of all. ``shape``: as which the weight is seen."""
+        super().__init__()
+        self.__dict__["owner"] = owner  # not a submodule: it contains this one
+        self.shape = shape
+        self.register_module("map", map)
+        self._tensors: list[dict] | None = None
+
+    def transform(self) -> nn.Module:
+        return self.map if self.map is not None else self.owner.transform  # type: ignore[return-value]
+
+    @property
+    def keeps_graph(self) -> bool:  # type: ignore[override]
+        """A graph that goes on before the condition cannot be put behind a Function: its tensors would lose theirs."""
+        given = self._given()
+        return given is not None and any(v.grad_fn is not None for v in given.values.values())
+
+    def _given(self) -> Given | None:
+        return vars(self.owner).get("_given")
+
+    def given(self) -> Given:
+        given = self._given()
+        if given is None:
+            raise RuntimeError(
+                "Conditioned: no condition yet: call net(inputs, condition), or read weights inside "
+                "`with net.at(condition):`"
+            )
+        return given
+
+    def raw(self, layer: nn.Module) -> Tensor:
+        return layer._parameters["weight"]  # type: ignore[return-value]
+
+    def seen(self, raw: Tensor) -> Tensor:
+        """``raw`` as [O, I, *kernel]."""
+        return raw if self.shape is None else raw.reshape(raw.shape[0], *self.shape)
+
+    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        given, dtype = self.given(), autocast_dtype(raw.device.type)
+        if given.kept is None:
+            return self._compute(raw, given, dtype)
+        depends = versions.stamp(raw), tuple(map(versions.stamp, self.tensors())), dtype, self._grounds()
+        found = given.kept.get(id(self))
+        if found is None or found[0] is not raw or found[1] != depends:
+            with torch.no_grad():
+                found = given.kept[id(self)] = raw, depends, self._compute(raw, given, dtype)
+        return found[2]
+
+    def _grounds(self) -> tuple:
+        """Where the tensors lie: ``p.data = x`` moves no version."""
+        return tuple(t.data_ptr() for t in self.tensors())
+
+    def _compute(self, raw: Tensor, given: Given, dtype: torch.dtype | None) -> Tensor:
+        transform, weight = self.transform(), self.seen(raw)
+        if isinstance(transform, FilterTransform):
+            out = transform.whole(weight, given.values, dtype)
+        else:
+            out = _by_any(transform, weight, given)
+        if tuple(out.shape[1:]) != tuple(weight.shape) or out.shape[0] not in (1, given.count):
+            kind, expected = type(transform).__name__, [given.count, *weight.shape]
+            raise ValueError(f"Conditioned: {kind} must return a weight of shape {expected}, got {list(out.shape)}")
+        return out[0].reshape(raw.shape) if out.shape[0] == 1 else out.reshape(given.count, *raw.shape)
+
+    def tensors(self) -> list[Tensor]:
+        """What the transform has."""
+        if self._tensors is None:  # found once: at every read of the weight it would cost more than the rest
+            found = self.transform()
+            self._tensors = [d for m in found.modules() for d in (m._parameters, m._buffers) if d]
+        return [t for d in self._tensors for t in d.values() if t is not None]
+
+    def state(self) -> tuple[Tensor, ...]:
+        if "_parameters" not in vars(self.owner):  # a copy or a pickle that is being put together
+            return (torch.empty(0),)
+        given = self._given()
+        return (*self.tensors(), *(() if given is None else given.tensors()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tensors": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._tensors = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return "" if self.shape is None else f"seen as {['O', *self.shape]}".replace("'", "")
+
+
+def _by_any(transform: nn.Module, weight: Tensor, given: Given) -> Tensor:
+    """A user's module, called for one condition after the other."""
+    outs = []
+    for k in range(given.count):
+        conditions = {name: v[k] for name, v in given.values.items()}
+        alone = next(iter(conditions.values())) if list(conditions) == ["condition"] else conditions
+        out = transform(weight, alone)
+        if not isinstance(out, Tensor) or out.shape != weight.shape:
+            got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"Conditioned: {type(transform).__name__} must return a weight of shape {list(weight.shape)}, got {got}"
+            )
+        outs.append(out)
+    return torch.stack(outs)
