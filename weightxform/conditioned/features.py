@@ -41,13 +41,13 @@ class Features(NamedTuple):
         return () if self.size is None else (self.size,)
 
     @property
-    def count(self) -> int:
+    def width(self) -> int:
         return self.size or 1 if self.harmonics is None else 2 * self.harmonics
 
     def of(self, conditions: Conditions, like: Tensor) -> Tensor:
-        """[C, count] in the opmath dtype of ``like``: cos c, cos 2c, ..., sin c, sin 2c, ..., or the numbers."""
+        """[C, width] in the opmath dtype of ``like``: cos c, cos 2c, ..., sin c, sin 2c, ..., or the numbers."""
         c = numbers(self.owner, conditions, self.condition, self.shape, like)
         if self.harmonics is None:
-            return c.reshape(c.shape[0], self.count)
+            return c.reshape(c.shape[0], self.width)
         angles = c[:, None] * torch.arange(1, self.harmonics + 1, dtype=c.dtype, device=c.device)
         return torch.cat([angles.cos(), angles.sin()], 1)

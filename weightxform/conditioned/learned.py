@@ -42,7 +42,7 @@ class _Network(Warp):
     def create(self, weight: Tensor, module: nn.Module | None) -> None:
         super().create(weight, module)
         options: Any = {"dtype": opmath(weight.dtype), "device": weight.device}
-        n, entries = self.features.count, self.seen().taps ** 2
+        n, entries = self.features.width, self.seen().taps ** 2
         self.L = nn.Parameter(torch.zeros(1 + n, entries, **options))
         if self.hidden:
             bound = n**-0.5  # as nn.Linear
@@ -93,8 +93,8 @@ class Learned(_Network):
     """A learned warp: the map of each filter's K taps is a small network of the condition.
 
     ``A(c) = L phi(c) + MLP(phi(c))`` as for :class:`LearnedResidual`, but it is the whole map. It begins as the
-    least-squares fit of ``init`` over the circle; of a bilinear rotation of 3x3 taps, 1 harmonic leaves 34 % of the
-    entries' norm, 4 harmonics 8 %.
+    least-squares fit of ``init`` over the circle, which of a bilinear rotation of 3x3 taps leaves 57 % with one
+    harmonic, 13 % with 4 and 5 % with 8 (of 5x5: 73 %, 37 %, 12 %).
 
     Args:
         condition, size, harmonics, hidden: as for :class:`LearnedResidual`.
@@ -110,7 +110,7 @@ class Learned(_Network):
         self,
         condition: str | None = None,
         size: int | None = None,
-        harmonics: int | None = 1,
+        harmonics: int | None = 4,
         hidden: int = 32,
         init: str | Warp | None = None,
     ) -> None:
