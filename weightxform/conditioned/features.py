@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..checks import require_int
 from .transform import Conditions, numbers
@@ -51,3 +52,23 @@ class Features(NamedTuple):
             return c.reshape(c.shape[0], self.width)
         angles = c[:, None] * torch.arange(1, self.harmonics + 1, dtype=c.dtype, device=c.device)
         return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class Net(nn.Module):
+    """A linear map of n features, or with ``hidden`` units (silu) two; computed in the dtype of the features.
+
+    ``zero``: the outputs are zero at first.
+    """
+
+    def __init__(self, n: int, hidden: int, outputs: int, options: Any, zero: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(n, hidden, **options) if hidden else None
+        self.last = nn.Linear(hidden or n, outputs, **options)
+        if zero:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, f: Tensor) -> Tensor:
+        if self.first is not None:
+            f = F.silu(F.linear(f, self.first.weight.to(f.dtype), self.first.bias.to(f.dtype)))
+        return F.linear(f, self.last.weight.to(f.dtype), self.last.bias.to(f.dtype))

@@ -123,11 +123,8 @@ class Permute(Warp):
         sizes = [kernel.size[d - 2] for d in view.axes]
         distances = [kernel.dilation[d - 2] for d in view.axes]
         if sizes[0] != sizes[1] or (self.group == "orn8" and sizes != [3, 3]) or distances[0] != distances[1]:
-            size = "3x3" if self.group == "orn8" else "square"
-            got = f"{sizes} with dilation {distances}"
-            raise ValueError(
-                f"Permute: the kernel must be {size}, dilated equally, for group {self.group!r}, got {got}"
-            )
+            shape, got = "3x3" if self.group == "orn8" else "square", f"{sizes} with dilation {distances}"
+            raise ValueError(f"Permute: the kernel must be {shape}, dilated equally, for {self.group!r}, got {got}")
         return view
 
     def create(self, weight: Tensor, module: nn.Module | None) -> None:

@@ -122,7 +122,7 @@ class FilterTransform(Transform):
         return a + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if self.is_change else a
 
     def has_activation(self, weight: Tensor, layer: nn.Module) -> bool:
-        """Whether :meth:`activation` serves this layer."""
+        """Whether :meth:`activation` serves this layer, and a weight for each sample can be avoided."""
         return False
 
     def activation(
@@ -140,7 +140,20 @@ class FilterTransform(Transform):
         Returns:
             The output, or ``None`` where :meth:`has_activation` is false.
         """
-        return None
+        if not self.has_activation(weight, layer):
+            return None
+        bias: Any = layer.bias
+        if self.is_change:
+            y = respond(layer, x, weight.to(x.dtype), bias)
+            return y + self.response(layer, x, weight, conditions, index)
+        y = self.response(layer, x, weight, conditions, index)
+        return y if bias is None else y + over_channels(layer, bias.to(y.dtype))
+
+    def response(
+        self, layer: nn.Module, x: Tensor, weight: Tensor, conditions: Conditions, index: Tensor | None
+    ) -> Tensor:
+        """:meth:`activation` of the weight of :meth:`at`, without bias; only where :meth:`has_activation` is true."""
+        raise NotImplementedError(f"{type(self).__name__} has no response(layer, x, weight, conditions, index)")
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
         needed = self.needs()
@@ -179,6 +192,23 @@ def numbers(owner: str, conditions: Conditions, name: str | None, shape: tuple[i
         expected = ", ".join(["C", *map(str, shape)])
         raise ValueError(f"{owner}: {label} must be [{expected}] on {like.device}, got {describe(c)}")
     return c.to(opmath(like.dtype))
+
+
+def respond(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ``layer``, a Linear or a convolution, gives with this weight, of any number of output channels."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight.flatten(1), bias)
+    return layer._conv_forward(x, weight, bias)
+
+
+def over_channels(layer: nn.Module, values: Tensor) -> Tensor:
+    """[..., channels] so that it fits the activations of ``layer``: [..., channels, 1, 1], or for a Linear as it is."""
+    return values if isinstance(layer, nn.Linear) else values.reshape(*values.shape, *[1] * len(layer.kernel_size))  # type: ignore[arg-type]
+
+
+def responds(layer: nn.Module) -> bool:
+    """Whether :func:`respond` knows this kind of layer."""
+    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 class View(NamedTuple):
@@ -313,6 +343,15 @@ class Sum(_Pair):
         wide = opmath(self.fitting(weight).dtype)
         out = a.whole(weight, conditions, wide) + b.at(weight, conditions, wide)  # type: ignore[operator]
         return out.to(dtype or weight.dtype)
+
+    def has_activation(self, weight: Tensor, layer: nn.Module) -> bool:
+        return all(part.has_activation(weight, layer) for part in self.parts)  # type: ignore[operator]
+
+    def response(
+        self, layer: nn.Module, x: Tensor, weight: Tensor, conditions: Conditions, index: Tensor | None
+    ) -> Tensor:
+        a, b = (part.response(layer, x, weight, conditions, index) for part in self.parts)  # type: ignore[operator]
+        return a + b
 
     def of_parts(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype) -> Tensor:
         wide = opmath(weight.dtype)  # one rounding
