@@ -32,9 +32,10 @@ _values: Callable[[Any], Iterable[Any]] = dict.values
 _steps = versions._epochs.get
 _inference, _any_autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
 _WRITTEN = (
-    "the computed tensor {name!r} was written in place; the write would be lost at its next computation. "
-    "Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
-    "model.apply(init_fn); wx.invalidate(module) forgets the write."
+    "the computed tensor {name!r} was written in place, or given another .data: no gradient goes through that, and it "
+    "would be lost at the next computation. Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), "
+    "layer.reset_parameters() or model.apply(init_fn); to compute it from something else, assign wx.ComputedParameter("
+    "raw, transform) to module.{name}. wx.invalidate(module) forgets the write."
 )
 
 

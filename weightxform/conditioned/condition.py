@@ -42,6 +42,10 @@ class Given:
     def needs_grad(self) -> bool:
         return any(v.requires_grad for v in self.values.values())
 
+    def only(self, k: int) -> Given:
+        """The k-th condition alone."""
+        return Given({name: v[k : k + 1] for name, v in self.values.items()}, 1, None, 1)
+
     def rows(self) -> Tensor | None:
         """:attr:`index`, written out, where C > 1."""
         if self.count == 1 or self.index is not None:

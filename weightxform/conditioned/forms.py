@@ -10,6 +10,7 @@ Three forms give the same numbers:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,16 +35,21 @@ def check_batch(layer: nn.Module, x: Tensor, given: Given) -> None:
         )
 
 
-def looped(layer: Any, x: Tensor, weight: Tensor, given: Given, *args: Any) -> Tensor:
+def looped(layer: Any, x: Tensor, weight: Tensor, given: Given, output_size: list[int] | None = None) -> Tensor:
     """One plain layer for each of the C weights."""
+    return each_in_turn(x, given, lambda k, part: plain(layer, part, weight[k], output_size))
+
+
+def each_in_turn(x: Tensor, given: Given, call: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``call(k, the samples of x at condition k)`` for all k, in the order of the samples."""
     rows = given.rows()
     assert rows is not None
     if given.index is None:
-        return torch.cat([plain(layer, x[k : k + 1], weight[k], *args) for k in range(given.count)])
+        return torch.cat([call(k, x[k : k + 1]) for k in range(given.count)])
     order = torch.argsort(rows, stable=True)
     sizes = torch.bincount(rows, minlength=given.count).tolist()
     parts = x[order].split(sizes)
-    y = torch.cat([plain(layer, part, weight[k], *args) for k, part in enumerate(parts)])
+    y = torch.cat([call(k, part) for k, part in enumerate(parts)])
     return y[torch.argsort(order)]
 
 

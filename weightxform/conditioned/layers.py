@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..swap import child_name, set_slots, slots_of
+from ..swap import base_of, child_name, plain_of, set_slots, slots_of
 from . import forms
 from .condition import Given
+from .select import CONVOLUTIONS
 from .transform import FilterTransform
 from .weight import ConditionedWeight
 
+TORCHS = (*CONVOLUTIONS, nn.Linear)
 _CHILD = child_name("weight")
 
 
@@ -30,9 +32,24 @@ class _Layer:
         own = self._modules.get(_CHILD)
         if isinstance(own, ConditionedWeight):  # else another transform was put on top
             given = own.given()
-            if given.count > 1:
+            if given.count > 1 and _is_torchs(type(self)):
                 return _several(self, own, given, input, *args, **kwargs)
+            if given.count > 1:  # a forward of the user's, which knows of one weight
+                forms.check_batch(self, input, given)
+                forward = super().forward  # type: ignore[misc]
+
+                def call(k: int, part: Tensor) -> Tensor:
+                    with own.owner.using(given.only(k)):
+                        return forward(part, *args, **kwargs)
+
+                return forms.each_in_turn(input, given, call)
         return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+
+
+def _is_torchs(cls: type) -> bool:
+    """Whether the layer computes as torch's own class does."""
+    plain = plain_of(base_of(cls))
+    return plain.forward is next(c for c in TORCHS if issubclass(plain, c)).forward  # type: ignore[attr-defined]
 
 
 def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .._torch import autocast_dtype, functorch_active, in_backward
+from .._torch import functorch_active, in_backward
 from ..checks import require_bool, require_choice, require_int
 from ..computed import install, new_slot, refuse
 from ..numerics import opmath
@@ -73,6 +73,7 @@ class Conditioned(nn.Module):
     """
 
     transform: nn.Module | None
+    _layers: list[nn.Module]
 
     def __init__(
         self,
@@ -188,10 +189,14 @@ class Conditioned(nn.Module):
 
         ``batch``: for a condition for each sample, how many there are.
         """
-        before = self._given
-        self._given = self._find(condition, batch)
-        try:
+        with self.using(self._find(condition, batch)):
             yield self
+
+    @contextmanager
+    def using(self, here: Given) -> Iterator[None]:
+        before, self._given = self._given, here
+        try:
+            yield
         finally:
             self._given = before
 
@@ -219,17 +224,10 @@ class Conditioned(nn.Module):
     # what a user does with it
 
     def bake(self, condition: Any = None) -> nn.Module:
-        """A plain copy of the model with the weights at ``condition`` (one condition; nothing is left of this).
-
-        Raises:
-            ValueError: ``condition`` has one for each sample.
-        """
+        """A plain copy of the model with the weights at ``condition`` (one condition)."""
         with torch.no_grad(), self.at(condition):
-            assert self._given is not None
-            if self._given.count > 1:
-                raise ValueError(f"Conditioned.bake: condition must be one, got {self._given.count} of them")
             kind = next(iter(self.model.parameters())).device.type
-            with torch.autocast(kind, enabled=False) if autocast_dtype(kind) else _nothing():
+            with torch.autocast(kind, enabled=False):
                 values = [
                     m.weight.detach().clone()  # type: ignore[operator]
                     for m in self.model.modules()
@@ -272,11 +270,6 @@ class Conditioned(nn.Module):
         super().__setstate__(state)
         if self.frozen:
             _frozen.add(self)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _own(module: nn.Module) -> ConditionedWeight | None:

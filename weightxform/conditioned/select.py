@@ -65,7 +65,8 @@ def choose(
         chosen = [
             Layer(path, m, None) if isinstance(m, CONVOLUTIONS) else Layer(path, m, shapes[path])
             for path, m in modules.items()
-            if path in shapes or (isinstance(m, CONVOLUTIONS) and (not warps or m.weight[0, 0].numel() > 1))
+            if path in shapes
+            or (isinstance(m, CONVOLUTIONS) and (not warps or m._parameters["weight"].shape[2:].numel() > 1)  # type: ignore[union-attr])
         ]
         if not chosen:
             raise ValueError(f"{owner}: model has no layer with a spatial kernel; name layers with layers=[...]")
