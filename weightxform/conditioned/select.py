@@ -63,10 +63,9 @@ def choose(
     shapes = {**found, **_checked(owner, modules, flattened)}
     if layers is None:
         chosen = [
-            Layer(path, m, None) if isinstance(m, CONVOLUTIONS) else Layer(path, m, shapes[path])
+            Layer(path, m, None if isinstance(m, CONVOLUTIONS) else shapes[path])
             for path, m in modules.items()
-            if path in shapes
-            or (isinstance(m, CONVOLUTIONS) and (not warps or m._parameters["weight"].shape[2:].numel() > 1)  # type: ignore[union-attr])
+            if path in shapes or _convolves(m, 2 if warps else 1)
         ]
         if not chosen:
             raise ValueError(f"{owner}: model has no layer with a spatial kernel; name layers with layers=[...]")
@@ -77,6 +76,12 @@ def choose(
             raise ValueError(f"{owner}: {layer.path}.weight is computed already; wx.bake it first, or leave it out")
         require_float(owner, f"{layer.path}.weight", layer.raw)
     return chosen
+
+
+def _convolves(module: nn.Module, taps: int) -> bool:
+    """A convolution with at least so many taps?"""
+    raw = module._parameters.get("weight") if isinstance(module, CONVOLUTIONS) else None
+    return raw is not None and raw.shape[2:].numel() >= taps
 
 
 def _named(
