@@ -67,7 +67,7 @@ Tensor forward(Tensor params, std::string kind, int64_t height, int64_t width, d
   check_params(params, warp.kind);
   const Tensor numbers = packed(params);
   const int64_t batch = params.size(0), taps = height * width, each = params.size(1);
-  const Tensor out = allocate({batch, taps, taps}, {taps * taps, taps, 1}, params.scalar_type());
+  const Tensor out = contiguous({batch, taps, taps}, params.scalar_type());
   const auto run = [&](auto c) {
     using C = decltype(c);
     const Grid<C> grid = warp.grid<C>();
@@ -98,7 +98,7 @@ Tensor backward(Tensor grad, Tensor params, std::string kind, int64_t height, in
   check(grad.is_cpu() && grad.scalar_type() == params.scalar_type() && to_dims(grad.sizes()) == Dims{batch, taps, taps},
         "grad must be [B, K, K] with the dtype of params, on the CPU");
   const Tensor numbers = packed(params), g = packed(grad);
-  const Tensor out = allocate({batch, each}, {each, 1}, params.scalar_type());
+  const Tensor out = contiguous({batch, each}, params.scalar_type());
   const auto run = [&](auto c) {
     using C = decltype(c);
     const Grid<C> grid = warp.grid<C>();

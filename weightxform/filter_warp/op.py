@@ -87,7 +87,7 @@ filter_warp_bwd = register(
             "fixed": _case_bwd((3, 1, 301, 9), True, False),
         },
         bytes_moved=lambda grad, weight, a, need_weight, need_a: (
-            grad.nbytes + need_weight * (weight.nbytes + a.nbytes) + need_a * (weight.nbytes + a.nbytes)
+            grad.nbytes + weight.nbytes * (1 + need_weight) + a.nbytes * (1 + need_a)
         ),
     )
 )
