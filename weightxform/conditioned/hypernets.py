@@ -229,8 +229,8 @@ class AffineHypernet(_OfFeatures):
         hidden: units.
         condition, size, harmonics: as for :class:`FilterMLP`.
 
-    Parameters (made when it is attached; float64 for a float64 weight, else float32): ``H`` [hidden, numbers of W], zero at
-    first, ``w1`` [hidden, n], ``b1`` [hidden]. A layer of any kind, also a Linear.
+    Parameters (made when it is attached; float64 for a float64 weight, else float32): ``H`` [hidden, numbers of W],
+    zero at first, ``w1`` [hidden, n], ``b1`` [hidden]. A layer of any kind, also a Linear.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

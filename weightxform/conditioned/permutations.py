@@ -116,8 +116,8 @@ class Permute(Warp):
             assert self.table is not None
             view = View.all_of(kernel) if self.axis is None else plane_of("Permute", kernel, self.axis)
             if view.taps != self.table.shape[1]:
-                got = list(self.table.shape)
-                raise ValueError(f"Permute: group must have {view.taps} columns for this kernel, got a table {got}")
+                there = list(self.table.shape)
+                raise ValueError(f"Permute: group must have {view.taps} columns for this kernel, got a table {there}")
             return view
         view = plane_of("Permute", kernel, self.axis)
         sizes = [kernel.size[d - 2] for d in view.axes]
