@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .condition import Given
 from .transform import FilterTransform, View
 
+LARGE = 16  # times as many numbers as a sample: from one sweep on two CPU threads; patches never won there
 FORMS = ("auto", "loop", "grouped", "activation")
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -126,10 +127,10 @@ def on_patches(layer: Any, x: Tensor, raw: Tensor, matrix: Tensor, view: View, g
     return y if layer.bias is None else y + layer.bias.to(y.dtype).reshape(-1, 1, 1)
 
 
-def best(layer: Any, transform: nn.Module, given: Given) -> str:
-    """Which form: by what has to be written, and how often a layer is called."""
+def best(layer: Any, transform: nn.Module, x: Tensor, given: Given) -> str:
+    """Which form, by what has to be written: the groups want a copy of the weight for each sample."""
     if isinstance(layer, nn.Linear):
         return "activation" if isinstance(transform, FilterTransform) else "grouped"
-    if torch.compiler.is_compiling():
+    if given.index is None or torch.compiler.is_compiling():
         return "grouped"
-    return "loop" if given.index is not None and 4 * given.count <= given.batch else "grouped"
+    return "loop" if layer._parameters["weight"].numel() >= LARGE * x[0].numel() else "grouped"

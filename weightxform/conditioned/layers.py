@@ -59,7 +59,7 @@ def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args:
     if form in ("auto", "activation"):
         acts = isinstance(transform, FilterTransform) and transform.has_activation(own.seen(own.raw(layer)), layer)
         if form == "auto":
-            form = "activation" if acts else forms.best(layer, transform, given)
+            form = "activation" if acts else forms.best(layer, transform, x, given)
     if form == "activation":
         y = _activation(layer, own, transform, given, x)
         if y is not None:
