@@ -33,7 +33,7 @@ struct Map {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kTileThreads) map_filters(const Input x, const C* m, const Output y, const Map o) {
+__global__ void __launch_bounds__(kTileThreads, 4) map_filters(const Input x, const C* m, const Output y, const Map o) {
   constexpr int R = 4, F = 4, kRowStep = kTileRows / R, kFilterStep = kTileFilters / F, kLoad = kTileThreads / kDepth;
   __shared__ C ms[kDepth][kTileRows + 1], xs[kDepth][kTileFilters + 1];
   const int64_t tile = divide(blockIdx.x, o.row_tiles());
@@ -104,7 +104,7 @@ __device__ inline int64_t column_of(int64_t column, int64_t count, int64_t filte
 // parts [groups][batch][banks][taps][taps]. A block has a tile of rows (b, p) and columns (e, q), and a group of
 // filters.
 template <class C>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 4)
     gram_filters(const Input grad, const Input weight, C* parts, const Sizes o, const Groups groups) {
   constexpr int R = 4, Q = 2, kRowStep = kTileRows / R, kColumnStep = kGramColumns / Q, kLoad = kTileThreads / 32;
   static_assert(kTileRows == 32 && kGramColumns == 32);  // a warp loads one filter

@@ -1,5 +1,6 @@
 // theta = theta0 + E z with a stored E [D, d]: E is read once, forward and backward. To tolerance.
 #pragma once
+#include "../common/formats.cuh"
 #include "sums.cuh"
 
 namespace wx::gpu::sub {
@@ -28,34 +29,6 @@ struct DenseCommon {
   __host__ __device__ int lanes() const { return 1 << lane_bits; }
   __host__ __device__ int rows() const { return kThreads >> lane_bits; }  // at once
 };
-
-template <class C>
-__device__ C load(const void* from, Format format, int64_t i) {
-  switch (format) {
-    case Format::kFloat:
-      return static_cast<C>(static_cast<const float*>(from)[i]);
-    case Format::kDouble:
-      return static_cast<C>(static_cast<const double*>(from)[i]);
-    case Format::kHalf:
-      return static_cast<C>(widen(static_cast<const fp16*>(from)[i]));
-    default:
-      return static_cast<C>(widen(static_cast<const bf16*>(from)[i]));
-  }
-}
-
-template <class C>
-__device__ void store(void* to, Format format, int64_t i, C value) {
-  switch (format) {
-    case Format::kFloat:
-      return narrow(value, static_cast<float*>(to)[i]);
-    case Format::kDouble:
-      return narrow(value, static_cast<double*>(to)[i]);
-    case Format::kHalf:
-      return narrow(value, static_cast<fp16*>(to)[i]);
-    default:
-      return narrow(value, static_cast<bf16*>(to)[i]);
-  }
-}
 
 // W numbers side by side.
 template <class C, int W, class E>
