@@ -16,12 +16,17 @@ from .transform import Conditions, Kernel, Needs, View, Warp, numbers
 
 
 class Source(NamedTuple):
-    """Where the numbers of a warp are from: a tensor of its own, called ``attribute``, or a condition."""
+    """Where the numbers of a warp are from: a tensor of its own, kept as ``attribute``, or a condition."""
 
     owner: str
     attribute: str
     condition: str
     shape: tuple[int, ...]
+
+    @property
+    def argument(self) -> str:
+        """Which gave the tensor: a module cannot keep one under the name of its method."""
+        return "matrix" if self.attribute == "theta" else self.attribute
 
     def hold(self, module: Warp, value: object) -> None:
         """Check, then register ``value`` as a parameter or buffer; ``None``: the condition says."""
@@ -30,13 +35,13 @@ class Source(NamedTuple):
         what = f"a Tensor {list(self.shape)}" if self.shape else "a number or a 0-dim Tensor"
         if value is not None and not isinstance(value, Tensor):
             if self.shape:
-                raise TypeError(f"{self.owner}: {self.attribute} must be {what} or None, got {value!r}")
-            require_number(self.owner, self.attribute, value)
+                raise TypeError(f"{self.owner}: {self.argument} must be {what} or None, got {value!r}")
+            require_number(self.owner, self.argument, value)
             value = torch.tensor(float(value))  # type: ignore[arg-type]
         if value is not None:
-            require_float(self.owner, self.attribute, value)
+            require_float(self.owner, self.argument, value)
             if tuple(value.shape) != self.shape:
-                raise ValueError(f"{self.owner}: {self.attribute} must be {what} or None, got {describe(value)}")
+                raise ValueError(f"{self.owner}: {self.argument} must be {what} or None, got {describe(value)}")
         if isinstance(value, nn.Parameter) or value is None:
             module.register_parameter(self.attribute, value)
         else:
@@ -52,7 +57,7 @@ class Source(NamedTuple):
             return numbers(self.owner, conditions, self.condition, self.shape, like)
         if own.device != like.device:
             expected = f"on {like.device} as weight is"
-            raise ValueError(f"{self.owner}: {self.attribute} must be {expected}, got {describe(own)}")
+            raise ValueError(f"{self.owner}: {self.argument} must be {expected}, got {describe(own)}")
         return own.to(opmath(like.dtype))[None]
 
 
