@@ -98,6 +98,22 @@ def set_raw(layer: nn.Module, value: Tensor, name: str = "weight") -> None:
         wx.raw(layer, name).copy_(value)
 
 
+def plain_loss(w: Tensor, b: Tensor, state: State, x: Tensor) -> Tensor:
+    """What a Linear layer computes from a given state, as a function of its raw weight and its bias."""
+    return nn.functional.linear(x, normalized(w, state), b)
+
+
+def leaves(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Copies of its raw weight and its bias, each a leaf."""
+    return wx.raw(layer).detach().clone().requires_grad_(), layer.bias.detach().clone().requires_grad_()
+
+
+def check_grads(layer: nn.Linear, w: Tensor, b: Tensor) -> None:
+    """Its gradients are those of the leaves."""
+    torch.testing.assert_close(wx.raw(layer).grad, w.grad)
+    torch.testing.assert_close(layer.bias.grad, b.grad)
+
+
 class Recorder(wx.Transform):
     """2 raw, with a note of every computation: its ``advance`` flag."""
 
