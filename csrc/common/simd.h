@@ -40,21 +40,30 @@ WX_INLINE void join(W& both, const V& a, const V& b, std::index_sequence<I...>) 
   both = __builtin_shufflevector(a, b, I...);
 }
 
-// acc += a b, rounded once where the machine can.
+// f(0) ... f(N - 1) with constants: what f indexes stays in registers, which GCC grants no array that a loop indexes.
+template <class F, int... I>
+WX_INLINE void each_of(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+WX_INLINE void each(const F& f) {
+  each_of(std::make_integer_sequence<int, N>{}, f);
+}
+
+// acc += a b, rounded once where the machine can. The instruction itself: contraction is off, and GCC takes a loop of
+// __builtin_fma over the lanes of a vector apart.
 template <int Bytes, class V>
 WX_INLINE void fma(V& acc, const V& a, const V& b) {
+#if defined(__x86_64__) && defined(__gnu_linux__)
   if constexpr (Bytes > 16) {
-    V sum;
-    for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); l++) {
-      if constexpr (sizeof(a[0]) == 8)
-        sum[l] = __builtin_fma(a[l], b[l], acc[l]);
-      else
-        sum[l] = __builtin_fmaf(a[l], b[l], acc[l]);
-    }
-    acc = sum;
-  } else {
-    acc = acc + a * b;
+    if constexpr (sizeof(a[0]) == 8)
+      asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    else
+      asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return;
   }
+#endif
+  acc = acc + a * b;
 }
 
 // One vector of numbers of another type.
