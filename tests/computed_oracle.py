@@ -49,6 +49,11 @@ def normalized(weight: Tensor, state: State, dim: int = 0) -> Tensor:
     return weight / (u @ matrix(weight, dim) @ v)
 
 
+def sigma(weight: Tensor) -> Tensor:
+    """Its spectral norm, by SVD."""
+    return torch.linalg.svdvals(weight.detach().flatten(1))[0]
+
+
 def transform_of(layer: nn.Module, name: str = "weight") -> nn.Module:
     return layer.get_submodule(f"{name}_transform")
 
