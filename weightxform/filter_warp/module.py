@@ -23,16 +23,18 @@ class Router(nn.Module):
 
     A depthwise 3x3 convolution, a norm over each sample, relu, the mean over the image, and a linear map for each. An
     angle is ``max_angle softsign(z)``, or without a limit the angle of (1 + z_1, z_2), so that it begins near 0 and can
-    turn for ever; a gate is ``sigmoid(z)``. Both in float32 or wider.
+    turn for ever; a gate is ``sigmoid(z)``. Both in float32 or wider. A few channels, as of the first layer, become
+    at least 16 features: the mean of one or three filtered images does not say how they lie.
     """
 
     def __init__(self, channels: int, n: int, max_angle: float | None, options: Any) -> None:
         super().__init__()
         self.n, self.max_angle = n, max_angle
-        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False, **options)
-        self.norm = nn.GroupNorm(1, channels, **options)
-        self.angle = nn.Linear(channels, n if max_angle is not None else 2 * n, bias=max_angle is None, **options)
-        self.gate = nn.Linear(channels, n, **options)
+        features = channels * math.ceil(16 / channels)
+        self.depthwise = nn.Conv2d(channels, features, 3, padding=1, groups=channels, bias=False, **options)
+        self.norm = nn.GroupNorm(1, features, **options)
+        self.angle = nn.Linear(features, n if max_angle is not None else 2 * n, bias=max_angle is None, **options)
+        self.gate = nn.Linear(features, n, **options)
         for head in (self.angle, self.gate):
             nn.init.trunc_normal_(head.weight, std=0.02)
             if head.bias is not None:
@@ -163,5 +165,7 @@ class AdaptiveRotatedConv2d(nn.Module):
         return out.reshape(x.shape[0], *self.weight.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [B, O, H', W'] of x [B, I, H, W]."""
+        per_sample.require_images("AdaptiveRotatedConv2d", x, self.in_channels, self.weight)
         weights = self.weights(x, autocast_dtype(x.device.type))
         return per_sample.conv2d(x, weights, self.bias, self.stride, self.padding, self.dilation, self.groups)
