@@ -5,6 +5,8 @@ State is set to unit vectors that have not converged, so that one power iteratio
 
 from __future__ import annotations
 
+import io
+
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +97,18 @@ def linear(inputs: int = 6, outputs: int = 4, seed: int = 0, dtype=torch.float64
     """A Linear layer with a spectrally normalised weight whose state has not converged."""
     torch.manual_seed(seed)
     return computed(nn.Linear(inputs, outputs, dtype=dtype), **options)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    """Two such layers."""
+    return nn.Sequential(linear(seed=seed), nn.Tanh(), linear(4, 3, seed=seed + 1))
+
+
+def through_torch_save(value: object, weights_only: bool = False) -> object:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def set_raw(layer: nn.Module, value: Tensor, name: str = "weight") -> None:
