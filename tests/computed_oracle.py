@@ -133,6 +133,11 @@ def check_grads(layer: nn.Linear, w: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(layer.bias.grad, b.grad)
 
 
+def is_normalized_raw(layer: nn.Module) -> None:
+    """The weight read now is that of the present raw tensor and state (a cached weight has been advanced already)."""
+    torch.testing.assert_close(layer.weight.detach(), normalized(wx.raw(layer).detach(), state_of(layer)))
+
+
 class Recorder(wx.Transform):
     """2 raw, with a note of every computation: its ``advance`` flag."""
 
