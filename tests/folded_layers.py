@@ -121,3 +121,12 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(folding.folded, "apply", counted)
     return calls
+
+
+@pytest.fixture(params=["numbers", "tensors"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On the CPU a matrix product takes its factors as numbers; elsewhere as tensors."""
+    if request.param == "tensors":
+        real = folding._apply
+        monkeypatch.setattr(folding, "_apply", lambda layer, x, dtype, _, conv: real(layer, x, dtype, False, conv))
+    return request.param
