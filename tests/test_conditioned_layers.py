@@ -203,9 +203,10 @@ def test_modulation_in_half_types(form, dtype):
     assert_close(moved(x.to(dtype), style.to(dtype)).double(), expected, rtol=0.0, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_modulation_chooses_what_writes_less():
+def test_modulation_chooses_by_shape():
     wide, narrow = ModulatedConv2d(64, 64, 3, 4), ModulatedConv2d(4, 4, 3, 4)
     assert wide._form(torch.empty(8, 64, 8, 8)) == "activation"
+    assert wide._form(torch.empty(1, 64, 8, 8)) == "materialised"
     assert narrow._form(torch.empty(8, 4, 64, 64)) == "materialised"
 
 
