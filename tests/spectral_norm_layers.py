@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.testing import assert_close
 
 import weightxform as wx
 
@@ -22,6 +24,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv_transpose3d": lambda: nn.ConvTranspose3d(2, 3, 2),
 }
 STYLES = ("computed", "parametrize")
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+HALVES = (torch.bfloat16, torch.float16)
+
+each_style = pytest.mark.parametrize("style", STYLES)
+each_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
 def make(layer: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
@@ -118,3 +125,13 @@ def assert_same_state(module: nn.Module, before: dict[str, Tensor]) -> None:
     assert after.keys() == before.keys()
     for key, value in before.items():
         assert torch.equal(after[key], value), key
+
+
+def assert_same_vectors(ours: nn.Module, theirs: nn.Module, **tolerance) -> None:
+    for a, b in zip(vectors(ours), vectors(theirs), strict=True):
+        assert_close(a, b, **(tolerance or EXACT))
+
+
+def assert_unit(module: nn.Module, tolerance: float = 1e-5) -> None:
+    for x in vectors(module):
+        assert float(x.double().norm()) == pytest.approx(1, abs=tolerance)

@@ -9,10 +9,13 @@ import weakref
 import pytest
 import torch
 from spectral_norm_layers import (
-    LAYERS,
+    EXACT,
     STYLES,
     assert_same_state,
+    assert_same_vectors,
     axis,
+    each_layer,
+    each_style,
     input_for,
     like,
     make,
@@ -27,27 +30,18 @@ from spectral_norm_layers import (
     write,
 )
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
 import weightxform as wx
 
-style = pytest.mark.parametrize("style", STYLES)
-layer = pytest.mark.parametrize("layer", LAYERS)
 forward_ad = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first jvp
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
-
-
-def assert_same_vectors(ours: nn.Module, theirs: nn.Module, **tolerance) -> None:
-    for a, b in zip(vectors(ours), vectors(theirs), strict=True):
-        assert_close(a, b, **(tolerance or EXACT))
 
 
 # the iterates
 
 
-@style
-@layer
+@each_style
+@each_layer
 @pytest.mark.parametrize("training", [True, False])
 def test_registration_draws_and_iterates_as_torch(layer, style, training):
     module = make(layer).train(training)
@@ -58,8 +52,8 @@ def test_registration_draws_and_iterates_as_torch(layer, style, training):
     assert_same_vectors(ours, theirs)
 
 
-@style
-@layer
+@each_style
+@each_layer
 @pytest.mark.parametrize("n_power_iterations", [1, 3])
 def test_training_steps_as_torch(layer, style, n_power_iterations):
     """Values, gradients and vectors over five optimizer steps, then eval; one read a step on both sides."""
@@ -84,7 +78,7 @@ def test_training_steps_as_torch(layer, style, n_power_iterations):
     assert_close(ours(x), theirs(x), **EXACT)
 
 
-@style
+@each_style
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 def test_other_dtypes_as_torch(style, dtype, tolerance):
     """torch iterates in half precision, we in float32: equal within what half precision can say."""
@@ -131,8 +125,8 @@ def test_once_per_read_as_torch(style):
     assert_same_vectors(ours, theirs)
 
 
-@style
-@layer
+@each_style
+@each_layer
 def test_norm_is_one_by_svd(layer, style):
     ours = put(make(layer), style)
     for step in range(60):
@@ -142,7 +136,7 @@ def test_norm_is_one_by_svd(layer, style):
     assert norm_of(ours.eval().weight, axis(ours)) == pytest.approx(1, abs=2e-3)
 
 
-@style
+@each_style
 def test_value_on_a_diagonal(style):
     module = nn.Linear(3, 3, bias=False).double()
     with torch.no_grad():
@@ -151,118 +145,11 @@ def test_value_on_a_diagonal(style):
     assert_close(module.weight, torch.diag(torch.tensor([0.25, -1.0, 0.5]).double()), rtol=0, atol=1e-9)
 
 
-# the module
-
-
-@style
-@layer
-def test_the_module_keeps_its_raw_parameter(layer, style):
-    module = make(layer)
-    parameter = module.weight
-    size, stride = parameter.size(), parameter.stride()
-    put(module, style)
-    assert raw(module) is parameter
-    assert isinstance(module, type(make(layer)))
-    assert any(p is parameter for p in module.parameters())
-    assert "weight" not in module._buffers
-    assert not isinstance(module.weight, nn.Parameter)
-    assert (module.weight.size(), module.weight.stride()) == (size, stride)
-    u, v = vectors(module)
-    assert u.shape == (size[axis(module)],) and v.shape == (parameter.numel() // size[axis(module)],)
-    assert {id(u), id(v)} <= {id(b) for b in module.buffers()}
-
-
-def test_state_dict_keys():
-    ours = put(make("linear"), "computed")
-    assert set(ours.state_dict()) == {"weight", "bias", "weight_transform.u", "weight_transform.v"}
-    assert set(put(make("linear"), "parametrize").state_dict()) == {
-        "bias", "parametrizations.weight.original", "parametrizations.weight.0.u", "parametrizations.weight.0.v"
-    }  # fmt: skip
-
-
-@style
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_requires_grad_is_kept(style, requires_grad):
-    module = make("linear")
-    module.weight.requires_grad_(requires_grad)
-    put(module, style)
-    assert raw(module).requires_grad == requires_grad
-    assert module.weight.requires_grad == requires_grad
-    x = input_for(module).requires_grad_()
-    out = module(x)
-    out.backward(like(out))
-    assert x.grad is not None
-    assert (raw(module).grad is not None) == requires_grad
-
-
-@style
-def test_weight_and_bias_and_taking_one_away(style):
-    module = put(make("linear"), style)
-    put(module, style, name="bias")
-    assert norm_of(module.bias.reshape(1, -1)) == pytest.approx(1)
-    bias = module.bias.detach().clone()
-    if style == "computed":
-        wx.bake(module, "bias")
-    else:
-        parametrize.remove_parametrizations(module, "bias")
-    assert type(module.bias) is nn.Parameter
-    assert torch.equal(module.bias, bias)
-    before = raw(module)
-    assert module.weight is not before and norm_of(module.weight) == pytest.approx(1, abs=0.1)
-
-
-@style
-def test_baking_in_eval_keeps_the_output(style):
-    module = put(make("conv2d"), style)
-    for step in range(3):
-        write(module, seed=step)
-        module(input_for(module))
-    module.eval()
-    expected = module(input_for(module)).detach()
-    if style == "computed":
-        wx.bake(module, "weight")
-    else:
-        parametrize.remove_parametrizations(module, "weight")
-    assert type(module.weight) is nn.Parameter
-    assert_close(module(torch.clone(input_for(make("conv2d")))), expected, **EXACT)
-    assert "weight" in module._parameters and len(module.state_dict()) == 2
-
-
-def test_stacked_under_parametrize():
-    """Ours on ours, ours on torch's, torch's on ours: each iterates as torch's on torch's."""
-    results = []
-    for first, second in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        module = make("linear")
-        torch.manual_seed(1)
-        for theirs in (first, second):
-            if theirs:
-                parametrizations.spectral_norm(module)
-            else:
-                parametrize.register_parametrization(module, "weight", wx.SpectralNorm())
-        for step in range(3):
-            write(module, seed=step)
-            out = module.weight
-        out.backward(like(out))
-        results.append((out.detach(), raw(module).grad))
-    for out, grad in results[:-1]:
-        assert_close(out, results[-1][0], **EXACT)
-        assert_close(grad, results[-1][1], **EXACT)
-
-
-def test_other_parametrizations_beside_ours():
-    module = make("linear")
-    parametrize.register_parametrization(module, "weight", wx.SpectralNorm())
-    parametrizations.weight_norm(module, "bias", dim=None)
-    assert norm_of(module.weight) == pytest.approx(1, abs=0.1)
-    parametrize.remove_parametrizations(module, "weight")
-    assert parametrize.is_parametrized(module, "bias")
-
-
 # eval, and several forwards
 
 
-@style
-@layer
+@each_style
+@each_layer
 def test_eval_is_the_last_training_output(layer, style):
     module = put(make(layer), style)
     x = input_for(module)
@@ -276,7 +163,7 @@ def test_eval_is_the_last_training_output(layer, style):
     assert all(torch.equal(a, b) for a, b in zip(before, vectors(module), strict=True))
 
 
-@style
+@each_style
 def test_two_forwards_one_backward(style):
     """The pattern of a GAN, also where the vectors move between the forwards."""
     module = make("linear")
@@ -304,7 +191,7 @@ def test_one_weight_serves_two_forwards_and_two_backwards():
     assert_close(grad, raw(both).grad, **EXACT)
 
 
-@style
+@each_style
 def test_mixed_train_and_eval_forwards_gradcheck(style):
     module = put(make("linear"), style)
     first = [x.clone() for x in vectors(module)]
@@ -324,7 +211,7 @@ def test_mixed_train_and_eval_forwards_gradcheck(style):
 
 
 @forward_ad
-@layer
+@each_layer
 def test_derivatives_in_the_raw_weight(layer):
     """First and second, reverse and forward, in eval mode (u and v constant)."""
     module = make(layer)
@@ -368,7 +255,7 @@ def test_no_cycle_keeps_a_computed_weight_alive():
 # vectors
 
 
-@style
+@each_style
 @pytest.mark.parametrize("training", [True, False])
 def test_a_vector_is_divided_by_its_norm(style, training):
     module = make("linear").train(training)
@@ -422,85 +309,3 @@ def test_a_vector_under_vmap_jvp_and_repeated_backwards():
         raw.mul_(2)
     with pytest.raises(RuntimeError, match="written between"):
         torch.autograd.grad(out, raw, like(out))
-
-
-# the function wx.spectral_norm
-
-
-@layer
-def test_the_drop_in_has_the_arguments_of_torch(layer):
-    ours, theirs = make(layer), make(layer)
-    torch.manual_seed(1)
-    assert wx.spectral_norm(ours, "weight", 2, 1e-6, 0) is ours
-    torch.manual_seed(1)
-    parametrizations.spectral_norm(theirs, "weight", 2, 1e-6, 0)
-    assert_close(ours.weight, theirs.weight, **EXACT)
-    assert_same_vectors(ours, theirs)
-    assert transform(ours).dim == 0
-
-
-@pytest.mark.parametrize("dim", [-1, -4, 2, 3])
-def test_any_axis(dim):
-    ours, theirs = make("conv2d"), make("conv2d")
-    torch.manual_seed(1)
-    wx.spectral_norm(ours, dim=dim)
-    torch.manual_seed(1)
-    parametrizations.spectral_norm(theirs, dim=dim)
-    assert_close(ours.weight, theirs.weight, **EXACT)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"name": "wight"}, ValueError, "name must be that of a Parameter.*'wight'"),
-        ({"name": "in_features"}, ValueError, "name must be"),
-        ({"name": 3}, TypeError, "name must be a str, got 3"),
-        ({"n_power_iterations": 0}, ValueError, "n_power_iterations must be at least 1, got 0"),
-        ({"n_power_iterations": -2}, ValueError, "n_power_iterations must be at least 1, got -2"),
-        ({"n_power_iterations": 1.0}, TypeError, "n_power_iterations must be an int, got 1.0"),
-        ({"eps": 0.0}, ValueError, "eps must be positive, got 0"),
-        ({"eps": float("nan")}, ValueError, "eps must be finite"),
-        ({"eps": "1e-12"}, TypeError, "eps must be a number"),
-        ({"dim": 2}, IndexError, r"dim must be in \[-2, 1\].*got 2"),
-        ({"dim": -3}, IndexError, r"dim must be in \[-2, 1\].*got -3"),
-        ({"dim": 0.0}, TypeError, "dim must be an int"),
-    ],
-)
-def test_errors_leave_the_module_alone(arguments, error, message):
-    module = make("linear")
-    before, kind, parameter = state_of(module), type(module), module.weight
-    with pytest.raises(error, match=message):
-        wx.spectral_norm(module, **arguments)
-    assert type(module) is kind and module.weight is parameter and not list(module.children())
-    assert_same_state(module, before)
-
-
-def test_weights_that_cannot_be_normalized():
-    complex_layer = nn.Linear(3, 4, dtype=torch.cfloat)
-    with pytest.raises(TypeError, match=r"must be float64, float32, bfloat16 or float16, got complex64\[4, 3\]"):
-        wx.spectral_norm(complex_layer)
-    scalar = nn.PReLU()
-    scalar.weight = nn.Parameter(torch.tensor(0.25))
-    with pytest.raises(ValueError, match="at least one axis"):
-        wx.spectral_norm(scalar)
-    integers = nn.Module()
-    integers.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int64), requires_grad=False)
-    with pytest.raises(TypeError, match="int64"):
-        wx.spectral_norm(integers)
-    with pytest.raises(ValueError, match="must be that of a Parameter"):  # a buffer, unlike torch
-        wx.spectral_norm(nn.BatchNorm1d(3), "running_mean")
-    with pytest.raises(ValueError, match="must be that of a Parameter"):
-        wx.spectral_norm(nn.Linear(3, 4, bias=False), "bias")
-    with pytest.raises(TypeError, match="module must be an nn"):
-        wx.spectral_norm(torch.ones(3, 3))
-    for module in (complex_layer, scalar, integers):
-        assert not list(module.children()) and type(module.weight) is nn.Parameter
-
-
-def test_one_instance_serves_one_weight():
-    norm = wx.SpectralNorm()
-    first, second = make("linear"), make("linear")
-    first.weight = wx.ComputedParameter(first.weight, norm)
-    with pytest.raises(ValueError, match="serves another weight already"):
-        second.weight = wx.ComputedParameter(second.weight, norm)
-    assert type(second) is nn.Linear and not list(second.children())
