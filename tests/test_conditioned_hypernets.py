@@ -226,6 +226,18 @@ def test_half_weights_are_rounded_once(name, dtype):
 
 
 @pytest.mark.parametrize("name", ZOO)
+def test_autocast_does_not_round_what_makes_the_weight(name):
+    layer = conv(torch.float32)
+    transform, conditions = attached(name, layer), _in(torch.float32, ZOO[name].conditions())
+    expected = transform.whole(layer.weight, conditions), transform.whole(layer.weight, conditions, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transform.whole(layer.weight, conditions), expected[0])
+        assert torch.equal(transform.whole(layer.weight, conditions, torch.bfloat16), expected[1])
+        if transform.linear() is not None:
+            assert transform.whole_matrix(conditions, layer.weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_moved_to_a_half_type_and_back(name):
     layer = conv(torch.float32)
     transform, conditions = attached(name, layer), ZOO[name].conditions()

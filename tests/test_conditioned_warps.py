@@ -348,7 +348,7 @@ def test_its_own_angle_learns():
         target.weight.copy_(turn.at(target.weight, {"angle": torch.tensor([0.45])})[0])
     x = torch.randn(2, 3, 9, 9)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], 0.05)
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         (layer(x) - target(x)).square().mean().backward()
         optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import require_int
-from .transform import Conditions, numbers
+from .transform import Conditions, full_precision, numbers
 
 
 class Features(NamedTuple):
@@ -68,6 +68,7 @@ class Net(nn.Module):
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
 
+    @full_precision
     def forward(self, f: Tensor) -> Tensor:
         if self.first is not None:
             f = F.silu(F.linear(f, self.first.weight.to(f.dtype), self.first.bias.to(f.dtype)))

@@ -13,7 +13,8 @@ from ..filter_mlp import function as filter_mlp
 from ..filter_mlp.reference import ACTIVATIONS
 from ..numerics import opmath
 from .features import Features, Net
-from .transform import Conditions, FilterTransform, Kernel, Needs, over_channels, respond, responds
+from .respond import over_channels, respond, responds
+from .transform import Conditions, FilterTransform, Kernel, Needs, full_precision
 
 
 class _OfFeatures(FilterTransform):
@@ -105,9 +106,11 @@ class FilterMLP(_OfFeatures):
             scale = torch.where(rms > 0, rms, scale)  # also for a weight with no numbers
         self.scale = scale
 
+    @full_precision
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return self._mapped(weight, conditions, dtype, False)
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return self._mapped(weight, conditions, dtype, self.residual)
 
@@ -184,10 +187,12 @@ class LowRank(_OfFeatures):
         g = self.g(self.features.of(conditions, self.fitting(weight)))
         return self.U.to(g.dtype) * g[:, None, :], self.V.to(g.dtype)
 
+    @full_precision
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         u, v = self._scaled(weight, conditions)
         return (u.flatten(0, 1) @ v).reshape(-1, *weight.shape).to(dtype or weight.dtype)
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         u, v = self._scaled(weight, conditions)
         flat = weight.to(u.dtype).reshape(1, *u.shape[1:2], -1).expand(u.shape[0], -1, -1)
@@ -262,10 +267,12 @@ class AffineHypernet(_OfFeatures):
         f = self.features.of(conditions, self.fitting(weight))
         return F.silu(F.linear(f, self.w1.to(f.dtype), self.b1.to(f.dtype)))
 
+    @full_precision
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         h = self._units(weight, conditions)
         return (h @ self.H.to(h.dtype)).reshape(-1, *weight.shape).to(dtype or weight.dtype)
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         h = self._units(weight, conditions)
         out = torch.addmm(weight.to(h.dtype).reshape(1, -1), h, self.H.to(h.dtype))

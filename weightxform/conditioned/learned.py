@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import require_int
 from ..numerics import opmath
 from .features import Features
-from .transform import Conditions, Needs, Warp
+from .transform import Conditions, Needs, Warp, full_precision
 from .warps import Rotate
 
 _SAMPLES = 720  # of the circle, to which a map is fitted
@@ -50,6 +50,7 @@ class _Network(Warp):
             self.b1 = nn.Parameter(torch.empty(self.hidden, **options).uniform_(-bound, bound))
             self.w2 = nn.Parameter(torch.zeros(entries, self.hidden, **options))
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         taps = self.seen().taps
         f = self.features.of(conditions, like)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..checks import require_int
 from ..numerics import opmath
 from ..transform import describe
-from .transform import Conditions, Kernel, Needs, View, Warp, given, numbers
+from .transform import Conditions, Kernel, Needs, View, Warp, full_precision, given, numbers
 from .warps import plane_of, require_axis
 
 _RING = (0, 3, 6, 7, 8, 5, 2, 1)  # the outer taps of 3x3, counterclockwise from the upper left
@@ -55,6 +55,7 @@ class Flip(Warp):
         taps = torch.arange(size.numel(), device=weight.device).reshape(size)
         self.table = taps.flip(self.axis).flatten()
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         self.seen()
         assert self.table is not None
@@ -136,6 +137,7 @@ class Permute(Warp):
             side = weight.shape[self.seen().axes[0]]
             self.table = _tables(self.group, side).to(weight.device)
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         self.seen()
         assert self.table is not None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checks import require_choice, require_int
 from ..numerics import opmath
-from .transform import Conditions, Kernel
+from .transform import Conditions, Kernel, full_precision
 from .warps import Sampled
 
 
@@ -80,6 +80,7 @@ class Steerable(Sampled):
             self._make(self.constants.device, opmath(self.constants.dtype))  # not rounded to a half type
         return out
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         taps = self.seen().taps
         assert self.constants is not None

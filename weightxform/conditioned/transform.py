@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,25 @@ from .._torch import autocast_dtype
 from ..filter_warp import function as filter_warp
 from ..numerics import opmath
 from ..transform import Transform, describe, require_float
+from .respond import over_channels, respond
 
 Conditions = Mapping[str, Tensor]
 Needs = dict[str | None, tuple[int, ...] | None]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def full_precision(method: _F) -> _F:
+    """``method`` outside of autocast: a half type is for the weight, not for what it is made with."""
+
+    @functools.wraps(method)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        tensor = next((v for v in (*args[1:], *kwargs.values()) if isinstance(v, Tensor)), None)
+        if tensor is None or autocast_dtype(tensor.device.type) is None:
+            return method(*args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return method(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]
 
 
 class Kernel(NamedTuple):
@@ -98,6 +115,7 @@ class FilterTransform(Transform):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement at(weight, conditions, dtype)")
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         """:meth:`at`, and for a change the weight with it."""
         if not self.is_change:
@@ -194,23 +212,6 @@ def numbers(owner: str, conditions: Conditions, name: str | None, shape: tuple[i
     return c.to(opmath(like.dtype))
 
 
-def respond(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What ``layer``, a Linear or a convolution, gives with this weight, of any number of output channels."""
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, weight.flatten(1), bias)
-    return layer._conv_forward(x, weight, bias)
-
-
-def over_channels(layer: nn.Module, values: Tensor) -> Tensor:
-    """[..., channels] so that it fits the activations of ``layer``: [..., channels, 1, 1], or for a Linear as it is."""
-    return values if isinstance(layer, nn.Linear) else values.reshape(*values.shape, *[1] * len(layer.kernel_size))  # type: ignore[arg-type]
-
-
-def responds(layer: nn.Module) -> bool:
-    """Whether :func:`respond` knows this kind of layer."""
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
 class View(NamedTuple):
     """How a warp sees a weight [O, I, *kernel]: which axes it maps (the others count as channels)."""
 
@@ -254,9 +255,11 @@ class Warp(FilterTransform):
     def linear(self) -> View | None:
         return self.seen()
 
+    @full_precision
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return warped(self.fitting(weight), self.matrix(conditions, weight), self.seen(), dtype)
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return warped(self.fitting(weight), self.whole_matrix(conditions, weight), self.seen(), dtype)
 
@@ -309,6 +312,7 @@ class _Pair(FilterTransform):
         views = {part.linear() for part in self.parts}  # type: ignore[operator]
         return views.pop() if len(views) == 1 else None
 
+    @full_precision
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         view = self.linear()
         if view is None:
@@ -333,6 +337,7 @@ class Sum(_Pair):
     def is_change(self) -> bool:  # type: ignore[override]
         return all(part.is_change for part in self.parts)
 
+    @full_precision
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         view = self.linear()
         if view is not None:
@@ -358,6 +363,7 @@ class Sum(_Pair):
         a, b = (part.at(weight, conditions, wide) for part in self.parts)  # type: ignore[operator]
         return (a + b).to(dtype)
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         a, b = (part.matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a + b
@@ -383,6 +389,7 @@ class Chain(_Pair):
         outs = [a.whole(w, {n: c[i : i + 1] for n, c in conditions.items()}, dtype) for i, w in enumerate(inner)]
         return torch.cat(outs)
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         a, b = (part.whole_matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a @ b

@@ -12,7 +12,7 @@ from ..numerics import opmath
 from ..transform import describe, require_float
 from ..warp_matrix import function as warp_matrix
 from ..warp_matrix.reference import INTERPOLATIONS, PADDINGS
-from .transform import Conditions, Kernel, Needs, View, Warp, numbers
+from .transform import Conditions, Kernel, Needs, View, Warp, full_precision, numbers
 
 
 class Source(NamedTuple):
@@ -107,6 +107,7 @@ class Sampled(Warp):
         )
         return warp_matrix.apply(params, options)
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         axes = [d - 2 for d in self.seen().axes]
         values = self.source.of(self, conditions, like)
@@ -207,6 +208,7 @@ class Scale(Sampled):
             raise ValueError(f"Scale: isotropic must be True for a kernel with one axis, {list(kernel.size)}")
         return super().plan(kernel)
 
+    @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         axes = [d - 2 for d in self.seen().axes]
         values = self.source.of(self, conditions, like)
