@@ -35,6 +35,12 @@ WX_INLINE void put(C* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// The same number in each lane: x - 0 is x, also for -0, so no instruction is left of it.
+template <class V, class C>
+WX_INLINE void fill(V& v, C x) {
+  v = x - V{};
+}
+
 template <class W, class V, size_t... I>
 WX_INLINE void join(W& both, const V& a, const V& b, std::index_sequence<I...>) {
   both = __builtin_shufflevector(a, b, I...);

@@ -98,7 +98,7 @@ struct Gradients {
     using F = typename P::F;
     constexpr int kParts = 64 / Bytes;
     F sum[R][kParts] = {}, scale[R];
-    each<R>([&](auto r) WX_ALWAYS { scale[r] = F{} + d[r]; });
+    each<R>([&](auto r) WX_ALWAYS { fill(scale[r], d[r]); });
     int64_t j = 0;
     for (; j + kParts * P::N <= n; j += kParts * P::N)
       each<kParts>([&](auto part) WX_ALWAYS {
