@@ -1,4 +1,4 @@
-"""u and v: what torch's spectral_norm gets silently wrong, and every way to move, copy or lose the state."""
+"""u and v in checkpointing, copies, writes, degenerate weights, averages: what torch's spectral_norm gets silently wrong."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import pickle
 import pytest
 import torch
 from spectral_norm_layers import (
-    LAYERS,
-    STYLES,
+    EXACT,
+    HALVES,
     assert_same_state,
+    assert_unit,
     axis,
+    each_layer,
+    each_style,
     input_for,
     like,
     make,
@@ -30,21 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 import weightxform as wx
 
-style = pytest.mark.parametrize("style", STYLES)
-layer = pytest.mark.parametrize("layer", LAYERS)
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def assert_unit(module: nn.Module, tolerance: float = 1e-5) -> None:
-    for x in vectors(module):
-        assert float(x.double().norm()) == pytest.approx(1, abs=tolerance)
-
-
 # activation checkpointing: torch iterates again in the recomputation, and its gradient is off
 
 
-@style
+@each_style
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_plain_gradient_and_one_iteration(style, use_reentrant):
     results = []
@@ -63,7 +55,7 @@ def test_checkpointing_gives_the_plain_gradient_and_one_iteration(style, use_ree
 # copies
 
 
-@style
+@each_style
 def test_deepcopy_is_independent(style):
     module = put(make("linear"), style)
     module(input_for(module))
@@ -88,10 +80,20 @@ def test_pickle_keeps_the_state():
     assert_close(twin(input_for(twin)), module(input_for(module)), **EXACT)
 
 
+def test_parametrize_removal_leaves_a_copy_alone():
+    module = put(make("linear"), "parametrize")
+    twin = copy.deepcopy(module)
+    transform_before = transform(twin)
+    value = module.eval().weight.detach().clone()
+    assert transform_before is not transform(module)
+    twin.eval()
+    assert parametrize.is_parametrized(twin) and torch.equal(twin.weight, value)
+
+
 # writes that leave u and v behind
 
 
-@style
+@each_style
 def test_an_assigned_weight_is_normalized_in_eval(style):
     """torch keeps the old vectors: a norm of 1.47 instead of 1 after ``m.weight = 3 * eye``."""
     module = put(make("linear"), style).eval()
@@ -112,7 +114,7 @@ def test_a_replaced_parameter_is_normalized_in_eval():
     assert norm_of(module.weight) == pytest.approx(1, abs=1e-3)
 
 
-@layer
+@each_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reset_makes_the_vectors_fit(layer, dtype):
     module = make(layer, dtype).eval().requires_grad_(False)
@@ -148,8 +150,8 @@ def test_reset_writes_in_place_where_the_vectors_fit():
 # degenerate weights
 
 
-@style
-@layer
+@each_style
+@each_layer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 def test_zero_weights_give_zeros_and_pass_gradients(layer, style, dtype):
     module = make(layer, dtype)
@@ -179,7 +181,7 @@ def test_a_module_born_with_zero_weights():
     assert torch.equal(module.weight, torch.zeros(7, 5))
 
 
-@style
+@each_style
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_weight_that_is_not_finite_leaves_the_state_alone(style, bad, dtype):
@@ -229,67 +231,10 @@ def test_extreme_scales(scale):
         assert norm_of(out) == pytest.approx(1, abs=1e-2) or not torch.isfinite(out).all()
 
 
-# meta device
-
-
-@layer
-def test_meta_then_to_empty_then_reset_parameters(layer):
-    """torch's gives NaN: its vectors are what lay in memory."""
-    with torch.device("meta"):
-        module = LAYERS[layer]()
-        put(module, "computed")
-    assert all(x.is_meta for x in vectors(module))
-    module.to_empty(device="cpu")
-    assert_unit(module)
-    for x in vectors(module):
-        x.fill_(float("nan"))
-    module.reset_parameters()
-    assert_unit(module)
-    module.eval()
-    assert norm_of(module.weight, axis(module)) == pytest.approx(1, abs=0.2)
-
-
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 0.0, 1e-40, 1e30])
-def test_reset_after_to_empty_trusts_no_garbage(garbage):
-    module = put(nn.Linear(5, 7), "computed")
-    with torch.no_grad():
-        for x in vectors(module):
-            x.fill_(garbage)
-    module.reset_parameters()
-    assert_unit(module)
-    assert norm_of(module.eval().weight) == pytest.approx(1, abs=0.2)
-
-
-def test_meta_then_load():
-    source = put(make("linear"), "computed")
-    with torch.device("meta"):
-        module = put(nn.Linear(5, 7, dtype=torch.float64), "computed")
-    module.to_empty(device="cpu").load_state_dict(source.state_dict())
-    assert_same_state(module, state_of(source))
-    assert torch.equal(module.eval().weight, source.eval().weight)
-
-
-def test_meta_then_load_by_assignment():
-    source = put(make("linear"), "computed")
-    with torch.device("meta"):
-        module = put(nn.Linear(5, 7, dtype=torch.float64), "computed")
-    module.load_state_dict(source.state_dict(), assign=True)
-    assert torch.equal(module.eval().weight, source.eval().weight)
-
-
-def test_a_learned_gain_survives_meta():
-    norm = wx.SpectralNorm(gain=2.5, learn_gain=True).to("meta")
-    norm.to_empty(device="cpu")
-    assert norm.gain.item() == 2.5
-    norm.gain.data.fill_(7)
-    norm.reset_parameters()
-    assert norm.gain.item() == 2.5
-
-
 # torch.func
 
 
-@style
+@each_style
 @pytest.mark.parametrize("training", [True, False])
 def test_vmap_over_raw_weights(style, training):
     """torch raises in training mode. Inside vmap every member iterates from the stored v, and nothing is written."""
@@ -318,7 +263,7 @@ def test_vmap_over_raw_weights(style, training):
 # averages
 
 
-@style
+@each_style
 def test_averaged_vectors_are_normalized_where_they_are_read(style):
     """An average of u, v is shorter than 1: torch underestimates sigma, and the norm of the weight explodes."""
     module = put(make("linear"), style)
@@ -336,149 +281,10 @@ def test_averaged_vectors_are_normalized_where_they_are_read(style):
     assert_close(average.module.weight, raw(average.module) / sigma, **EXACT)
 
 
-# dtypes
+# the transform and its module
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_weights_have_float32_state(dtype):
-    for style in STYLES:
-        module = put(make("linear", dtype), style)
-        assert [x.dtype for x in vectors(module)] == [torch.float32] * 2
-        write(module)
-        out = module.weight
-        assert out.dtype == dtype
-        assert norm_of(out) == pytest.approx(1, abs=0.1)
-        assert [x.dtype for x in vectors(module)] == [torch.float32] * 2
-
-
-@style
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.to(torch.float16),
-        lambda m: m.to("cpu", torch.bfloat16),
-        lambda m: m.half().bfloat16(),
-    ],
-)
-def test_conversion_to_half_keeps_float32_state_unrounded(style, convert):
-    module = put(make("linear", torch.float32), style)
-    before = [x.clone() for x in vectors(module)]
-    convert(module)
-    for now, then in zip(vectors(module), before, strict=True):
-        assert now.dtype == torch.float32 and torch.equal(now, then)
-    out = module(input_for(module))
-    out.backward(like(out))
-    assert raw(module).grad.dtype == raw(module).dtype == out.dtype
-    module.float()
-    assert raw(module).dtype == torch.float32 and vectors(module)[0].dtype == torch.float32
-    module(input_for(module))
-
-
-@style
-def test_conversion_to_double_and_back(style):
-    module = put(make("linear", torch.float32), style)
-    module.double()
-    assert [x.dtype for x in vectors(module)] == [torch.float64] * 2
-    out = module(input_for(module))
-    assert out.dtype == torch.float64
-    module.half()
-    assert [x.dtype for x in vectors(module)] == [torch.float32] * 2
-    assert module(input_for(module)).dtype == torch.float16
-
-
-def test_a_half_weight_whose_eps_is_zero_in_half():
-    """1e-12 is 0 in float16; torch divides 0 by 0 there."""
-    module = put(nn.Linear(5, 7).half(), "computed")
-    with torch.no_grad():
-        raw(module).fill_(6e-8)  # the least float16
-    assert torch.isfinite(module.weight).all()
-    assert norm_of(module.weight) == pytest.approx(1, abs=1e-2)
-
-
-# loading
-
-
-def test_state_loads_before_the_transform_is_attached():
-    source = put(make("linear"), "computed")
-    alone, norm = wx.SpectralNorm(), wx.SpectralNorm()
-    for each in (alone, norm):
-        each.load_state_dict(transform(source).state_dict())
-    assert torch.equal(norm.u, vectors(source)[0])
-    assert_close(alone.eval()(raw(source).detach()), source.eval().weight, **EXACT)
-    other = make("linear")
-    other.weight = wx.ComputedParameter(other.weight, norm)  # and attaching keeps what was loaded
-    assert torch.equal(vectors(other)[0], vectors(source)[0])
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_half_vectors_load_into_float32(assign, dtype):
-    module = put(make("linear", torch.float32), "computed")
-    checkpoint = {k: v.to(dtype) if "transform" in k else v for k, v in module.state_dict().items()}
-    module.load_state_dict(checkpoint, assign=assign)
-    assert [x.dtype for x in vectors(module)] == [torch.float32] * 2
-    assert norm_of(module.eval().weight) == pytest.approx(1, abs=0.05)
-
-
-def test_a_double_checkpoint_assigned_to_a_float_module():
-    source = put(make("linear"), "computed")
-    module = put(make("linear", torch.float32, seed=5), "computed")
-    module.load_state_dict(source.state_dict(), assign=True)
-    assert {t.dtype for t in (raw(module), *vectors(module))} == {torch.float64}
-    assert_close(module.eval().weight, source.eval().weight, **EXACT)
-
-
-def test_loaded_vectors_follow_the_weight_they_are_attached_to():
-    source = put(make("linear"), "computed")
-    norm = wx.SpectralNorm()
-    norm.load_state_dict(transform(source).state_dict())
-    norm.attach(make("linear", torch.bfloat16).weight)
-    assert [x.dtype for x in (norm.u, norm.v)] == [torch.float32] * 2
-    assert_close(norm.u.double(), vectors(source)[0], rtol=1e-6, atol=1e-6)
-
-
-def test_a_vector_of_the_wrong_size_is_reported():
-    module = put(make("linear"), "computed")
-    checkpoint = dict(module.state_dict(), **{"weight_transform.u": torch.ones(3)})
-    before = [x.clone() for x in vectors(module)]
-    with pytest.raises(RuntimeError, match=r"size mismatch for weight_transform\.u"):
-        module.load_state_dict(checkpoint)
-    assert torch.equal(vectors(module)[0], before[0])
-
-
-@style
-@pytest.mark.parametrize("order", ["u_first", "v_first"])
-def test_a_loaded_module_goes_on_as_the_saved_one(style, order):
-    """Train, eval, train, eval after loading into a module that was wrapped anew."""
-    module = put(make("conv2d"), style, order=order)
-    x = input_for(module)
-    for step in range(3):
-        write(module, seed=step)
-        module(x)
-    twin = put(make("conv2d", seed=5), style, seed=6, order=order)
-    twin.load_state_dict(module.state_dict(), strict=True)
-    for step, training in enumerate((True, False, True, False)):
-        outs = []
-        for m in (module, twin):
-            write(m, seed=step)
-            outs.append(m.train(training)(x))
-        assert_close(*outs, **EXACT)
-
-
-@style
-def test_strict_loading_reports_each_key(style):
-    module = put(make("linear"), style)
-    for key in module.state_dict():
-        rest = {k: v for k, v in module.state_dict().items() if k != key}
-        result = put(make("linear"), style).load_state_dict(rest, strict=False)
-        assert not result.unexpected_keys and set(result.missing_keys) <= {key}
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*nonsense"):
-        module.load_state_dict({**module.state_dict(), "nonsense": torch.ones(1)})
-
-
-@style
+@each_style
 @pytest.mark.parametrize("training", [True, False])
 def test_the_transform_follows_the_mode_of_its_module(style, training):
     module = put(make("linear").train(training), style)
@@ -487,45 +293,8 @@ def test_the_transform_follows_the_mode_of_its_module(style, training):
     assert transform(module).training != training
 
 
-@style
-def test_conversion_by_swapping_parameters(style):
-    module = put(make("linear", torch.float32), style)
-    module(input_for(module))
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        module.to(torch.bfloat16)
-        module.double()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    assert {t.dtype for t in (raw(module), *vectors(module))} == {torch.float64}
-    out = module(input_for(module))
-    out.backward(like(out))
-    assert raw(module).grad.dtype == torch.float64
-
-
 def test_not_attached():
     with pytest.raises(RuntimeError, match="not attached to a weight yet"):
         wx.SpectralNorm().compute(torch.ones(3, 3), True)
     lazily = wx.SpectralNorm()
     assert_close(lazily(torch.eye(3)), torch.eye(3))  # called like torch's, it attaches itself
-
-
-def test_parametrize_removal_leaves_a_copy_alone():
-    module = put(make("linear"), "parametrize")
-    twin = copy.deepcopy(module)
-    transform_before = transform(twin)
-    value = module.eval().weight.detach().clone()
-    assert transform_before is not transform(module)
-    twin.eval()
-    assert parametrize.is_parametrized(twin) and torch.equal(twin.weight, value)
-
-
-def test_a_learned_gain_of_a_meta_module():
-    with torch.device("meta"):
-        layer = nn.Linear(5, 7)
-    norm = wx.SpectralNorm(gain=2.5, learn_gain=True)
-    layer.weight = wx.ComputedParameter(layer.weight, norm)
-    assert norm.gain.is_meta
-    layer.to_empty(device="cpu").reset_parameters()
-    assert norm.gain.item() == 2.5
-    assert norm_of(layer.eval().weight) == pytest.approx(2.5, abs=0.5)
