@@ -1,4 +1,4 @@
-"""u and v in checkpointing, copies, writes, degenerate weights, averages: what torch's spectral_norm gets silently wrong."""
+"""u and v in checkpointing, copies, writes, degenerate weights, averages: what torch gets silently wrong."""
 
 from __future__ import annotations
 
