@@ -1,4 +1,4 @@
-"""What a computed weight must be, in plain torch and independent of the package: oracle and layers of test_computed_*.py.
+"""What a computed weight must be, in plain torch and independent of the package: for test_computed_*.py.
 
 State is set to unit vectors that have not converged, so that one power iteration more or less shows.
 """
