@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import require_int
 from ..numerics import opmath
 from .features import Features
-from .transform import Conditions, Needs, Warp, full_precision
+from .transform import Conditions, Needs, Warp, full_precision, warped
 from .warps import Rotate
 
 _SAMPLES = 720  # of the circle, to which a map is fitted
@@ -133,7 +133,7 @@ class Learned(_Network):
         start = self._start()
         if start is not None:
             start.check(weight, module)
-            if [shape for shape in start.needs().values()] != [()]:
+            if list(start.needs().values()) != [()]:
                 raise ValueError(f"Learned: init must be a warp that needs one angle, got {start}")
 
     def create(self, weight: Tensor, module: nn.Module | None) -> None:
@@ -150,12 +150,14 @@ class Learned(_Network):
             fit = torch.zeros_like(self.L)
             fit[0] = torch.eye(taps, dtype=fit.dtype, device=fit.device).flatten()
             return fit
-        start = copy.deepcopy(start)
-        start.attach(weight, module)
+        like = torch.empty(1, 1, *weight.shape[2:], dtype=torch.float64)  # on the CPU, wherever the weight is
+        start = copy.deepcopy(start).to("cpu", torch.float64)
+        start.attach(like, module)
         name = next(iter(start.needs())) or "angle"
-        like = weight.new_empty(0, dtype=torch.float64)
-        angles = torch.arange(_SAMPLES, dtype=torch.float64, device=weight.device) * (2 * math.pi / _SAMPLES)
+        angles = torch.arange(_SAMPLES, dtype=torch.float64) * (2 * math.pi / _SAMPLES)
         f = self.features._replace(condition=None).of({name: angles}, like)
         phi = torch.cat([torch.ones_like(f[:, :1]), f], 1)
-        a = start.double().matrix({name: angles}, like).flatten(1)
+        units = torch.eye(taps, dtype=torch.float64).reshape(taps, 1, *weight.shape[2:])
+        images = warped(units, start.matrix({name: angles}, like), start.seen(), None)  # the columns of A, of all axes
+        a = images.reshape(-1, taps, taps).transpose(1, 2).flatten(1)
         return torch.linalg.lstsq(phi, a).solution.to(self.L.dtype)

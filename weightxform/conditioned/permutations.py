@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .._torch import special_mode
 from ..checks import require_int
 from ..numerics import opmath
 from ..transform import describe
@@ -14,7 +17,32 @@ from .warps import plane_of, require_axis
 _RING = (0, 3, 6, 7, 8, 5, 2, 1)  # the outer taps of 3x3, counterclockwise from the upper left
 
 
-class Flip(Warp):
+class _Tabled(Warp):
+    """Of a table [n, K]: with index i the new tap p is the old tap table[i, p]."""
+
+    rows: Tensor | None = None  # on the CPU
+    table: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", None, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        out = super()._apply(fn, recurse)
+        if self.table is not None and self.rows is not None and not self.table.is_meta:
+            self.table = self.rows.to(self.table.device)  # it may have had no values: of a model made on meta
+        return out
+
+    def chosen(self, index: Tensor | None, like: Tensor) -> Tensor:
+        """[C, K, K], for ``None`` of the first row: row p has its 1 at table[p]."""
+        self.seen()
+        assert self.table is not None
+        table = self.table[:1] if index is None else self.table[index]
+        taps = torch.arange(table.shape[-1], device=table.device)
+        return (table[..., None] == taps).to(opmath(like.dtype))
+
+
+class Flip(_Tabled):
     """Mirrors every filter along one of its axes.
 
     Args:
@@ -25,8 +53,6 @@ class Flip(Warp):
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
 
-    table: Tensor | None
-
     def __init__(self, axis: int, condition: str | None = None) -> None:
         super().__init__()
         require_int("Flip", "axis", axis)
@@ -35,7 +61,6 @@ class Flip(Warp):
         if condition is not None and not isinstance(condition, str):
             raise TypeError(f"Flip: condition must be the name of a condition or None, got {condition!r}")
         self.axis, self.condition = axis, condition
-        self.register_buffer("table", None, persistent=False)
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}" + ("" if self.condition is None else f", condition={self.condition!r}")
@@ -52,27 +77,19 @@ class Flip(Warp):
     def create(self, weight: Tensor, module: nn.Module | None) -> None:
         super().create(weight, module)
         size = weight.shape[2:]
-        taps = torch.arange(size.numel(), device=weight.device).reshape(size)
-        self.table = taps.flip(self.axis).flatten()
+        self.rows = torch.arange(size.numel()).reshape(size).flip(self.axis).reshape(1, -1)
+        self.table = self.rows.to(weight.device)
 
     @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
-        self.seen()
-        assert self.table is not None
-        flipped = _one_hot(self.table[None], like)
+        flipped = self.chosen(None, like)
         if self.condition is None:
             return flipped
         c = numbers("Flip", conditions, self.condition, (), like)[:, None, None]
         return torch.lerp(torch.eye(flipped.shape[-1], dtype=c.dtype, device=c.device)[None], flipped, c)
 
 
-def _one_hot(table: Tensor, like: Tensor) -> Tensor:
-    """[C, K, K] of [C, K]: row p has its 1 at table[p]."""
-    taps = torch.arange(table.shape[-1], device=table.device)
-    return (table[..., None] == taps).to(opmath(like.dtype))
-
-
-class Permute(Warp):
+class Permute(_Tabled):
     """Moves the taps of every filter by one of several permutations, exactly.
 
     Args:
@@ -88,8 +105,6 @@ class Permute(Warp):
             of range (on a GPU: torch's assertion).
     """
 
-    table: Tensor | None
-
     def __init__(self, group: str | Tensor = "p4", condition: str = "index", axis: int | None = None) -> None:
         super().__init__()
         if isinstance(group, Tensor):
@@ -101,8 +116,7 @@ class Permute(Warp):
         require_axis("Permute", axis)
         self.group: str = "table" if isinstance(group, Tensor) else group
         self.condition, self.axis = condition, axis
-        table = group.clone() if isinstance(group, Tensor) else None
-        self.register_buffer("table", table, persistent=False)
+        self.rows = group.detach().cpu().clone() if isinstance(group, Tensor) else None
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}, condition={self.condition!r}" + (
@@ -114,10 +128,10 @@ class Permute(Warp):
 
     def plan(self, kernel: Kernel) -> View:
         if self.group == "table":
-            assert self.table is not None
+            assert self.rows is not None
             view = View.all_of(kernel) if self.axis is None else plane_of("Permute", kernel, self.axis)
-            if view.taps != self.table.shape[1]:
-                there = list(self.table.shape)
+            if view.taps != self.rows.shape[1]:
+                there = list(self.rows.shape)
                 raise ValueError(f"Permute: group must have {view.taps} columns for this kernel, got a table {there}")
             return view
         view = plane_of("Permute", kernel, self.axis)
@@ -130,17 +144,13 @@ class Permute(Warp):
 
     def create(self, weight: Tensor, module: nn.Module | None) -> None:
         super().create(weight, module)
-        if self.group == "table":
-            assert self.table is not None
-            self.table = self.table.to(weight.device)
-        else:
-            side = weight.shape[self.seen().axes[0]]
-            self.table = _tables(self.group, side).to(weight.device)
+        if self.group != "table":
+            self.rows = _tables(self.group, weight.shape[self.seen().axes[0]])
+        assert self.rows is not None
+        self.table = self.rows.to(weight.device)
 
     @full_precision
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
-        self.seen()
-        assert self.table is not None
         index = given("Permute", conditions, self.condition)
         if not isinstance(index, Tensor) or index.dtype == torch.bool or index.is_complex():
             got = describe(index) if isinstance(index, Tensor) else type(index).__name__
@@ -148,16 +158,17 @@ class Permute(Warp):
         if index.ndim != 1 or index.device != like.device:
             got = describe(index)
             raise ValueError(f"Permute: condition {self.condition!r} must be [C] on {like.device}, got {got}")
-        return _one_hot(self.table[self._checked(index)], like)
+        return self.chosen(self._checked(index), like)
 
     def _checked(self, index: Tensor) -> Tensor:
         """As int64. What it holds is looked at where that costs nothing."""
-        assert self.table is not None
+        self.seen()
+        assert self.rows is not None
         whole = index.round().long() if index.is_floating_point() else index.long()
-        if index.is_cpu and not torch.compiler.is_compiling():
-            outside = (whole < 0) | (whole >= self.table.shape[0]) | (whole != index)
+        if index.is_cpu and not torch.compiler.is_compiling() and not special_mode():
+            outside = (whole < 0) | (whole >= self.rows.shape[0]) | (whole != index)
             if bool(outside.any()):
-                bad, last = index[outside][0].item(), self.table.shape[0] - 1
+                bad, last = index[outside][0].item(), self.rows.shape[0] - 1
                 raise IndexError(f"Permute: condition {self.condition!r} must be whole, in 0 ... {last}, got {bad}")
         return whole
 

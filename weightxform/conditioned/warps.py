@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import require_bool, require_choice, require_int, require_number, require_positive
+from ..checks import require_bool, require_choice, require_int, require_number
 from ..numerics import opmath
 from ..transform import describe, require_float
 from ..warp_matrix import function as warp_matrix
@@ -92,8 +92,18 @@ class Sampled(Warp):
     def plan(self, kernel: Kernel) -> View:
         return plane_of(type(self).__name__, kernel, self.axis)
 
+    def check(self, weight: Tensor, module: nn.Module | None) -> None:
+        super().check(weight, module)
+        own = self.source.own(self)
+        if isinstance(own, nn.Parameter) and own.device != weight.device:
+            expected = f"on {weight.device} as the weight is"
+            raise ValueError(f"{type(self).__name__}: {self.source.argument} must be {expected}, got {describe(own)}")
+
     def create(self, weight: Tensor, module: nn.Module | None) -> None:
         super().create(weight, module)
+        own = self.source.own(self)
+        if own is not None and not isinstance(own, nn.Parameter):
+            setattr(self, self.source.attribute, own.to(weight.device))
         self.kernel = Kernel.of(type(self).__name__, weight, module)
 
     def sampled(self, params: Tensor, kind: str, *axes: int) -> Tensor:
@@ -186,6 +196,7 @@ class Scale(Sampled):
     """
 
     kind = "scale"
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -198,8 +209,8 @@ class Scale(Sampled):
     ) -> None:
         require_bool("Scale", "isotropic", isotropic)
         super().__init__("scale", scale, condition, () if isotropic else (2,), interpolation, padding, axis)
-        if isinstance(scale, (int, float)):
-            require_positive("Scale", "scale", scale)
+        if self.scale is not None and not self.scale.is_meta and not bool((self.scale > 0).all()):
+            raise ValueError(f"Scale: scale must be positive, got {self.scale.tolist()}")
 
     def plan(self, kernel: Kernel) -> View:
         if not self.source.shape and len(kernel.size) != 2 and self.axis is None:
