@@ -35,9 +35,18 @@ WX_INLINE void put(C* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// The same number in each lane: x - 0 is x, also for -0, so no instruction is left of it.
+// The same number in each lane. The instruction itself: GCC would fill the lanes of a wide vector one after another.
 template <class V, class C>
 WX_INLINE void fill(V& v, C x) {
+#if defined(__x86_64__) && defined(__gnu_linux__)
+  if constexpr (sizeof(V) > 16) {
+    if constexpr (sizeof(C) == 8)
+      asm("vbroadcastsd %1, %0" : "=v"(v) : "vm"(x));
+    else
+      asm("vbroadcastss %1, %0" : "=v"(v) : "vm"(x));
+    return;
+  }
+#endif
   v = x - V{};
 }
 
