@@ -27,6 +27,12 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from weightxform.filter_mlp import triton_kernels as filter_mlp
+from weightxform.filter_mlp import triton_launch as filter_mlp_launch
+from weightxform.filter_warp import triton_kernels as filter_warp
+from weightxform.filter_warp import triton_launch as filter_warp_launch
+from weightxform.modulation import triton_kernels as modulation
+from weightxform.modulation import triton_launch as modulation_launch
 from weightxform.numerics import FLOAT_DTYPES, opmath
 from weightxform.spectral_norm import triton_backward, triton_kernels, triton_launch, triton_plan
 from weightxform.subspace import (
@@ -41,6 +47,8 @@ from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.subspace import triton_sums as subspace_sums
 from weightxform.triton_common import kernels as common
 from weightxform.triton_common.tables import type_of
+from weightxform.warp_matrix import triton_kernels as warp_matrix
+from weightxform.warp_matrix import triton_launch as warp_matrix_launch
 
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED = 48 << 10  # what every block may have without asking; some GPUs have no more than 99 KiB for a whole SM
@@ -117,7 +125,7 @@ def of_subspace() -> Iterator[Build]:
             yield build(triton_dense.backward, "dense_bwd", 4, types, basis="*bf16")
             scaled = {"SCALED": True}
             yield build(subspace_sums.extend, "extend", 4, {**scaled, "TILE": 4096, "N": 1024})
-            yield build(subspace_sums.fold, "fold", 4, {}, sums="*fp64")
+            yield build(common.fold, "fold", 4, {"TO": TL.float64}, sums="*fp64")
             options = {**scaled, "TILE": 4096, "C": C, "S": 16}
             yield build(subspace_sums.finish, "finish_sums", 4, options, sums="*fp64")
             for at, bits in ((0, 12), (12, 6)):
@@ -133,7 +141,69 @@ def of_subspace() -> Iterator[Build]:
             yield build(triton_fastfood.end, "fastfood", 4, {**own, **scaled}, u="*fp64")
 
 
+def of_filters() -> Iterator[Build]:
+    """Warps, modulation and networks over filters: 3x3, and the blocks that use most; half weights on sm_90 alone."""
+    for arch in ARCHITECTURES:
+        for dtype in FLOAT_DTYPES if arch == 90 else (torch.float64, torch.float32):
+            compute = opmath(dtype)
+            T, C, half = type_of(dtype), type_of(compute), dtype.itemsize == 2
+            name, stored, number = str(dtype).removeprefix("torch."), f"*{T.name}", pointer(compute)
+
+            def build(
+                kernel: Any,
+                label: str,
+                constants: dict[str, Any],
+                T=T,
+                C=C,
+                name=name,
+                stored=stored,
+                number=number,
+                arch=arch,
+            ) -> Build:
+                own, numbers = {"grad", "weight", "source", "out", "dweight"}, {"t": "*fp64", "sums": number}
+                found = {k: v for k, v in {"TO": T, "C": C, "K": 9, **constants}.items() if k in kernel.arg_names}
+                scalars = set(kernel.fn.__annotations__)
+                pointers = {
+                    k: stored if k in own else numbers.get(k, number) for k in kernel.arg_names if k not in scalars
+                }
+                return f"{label} {name}", kernel, pointers, found, constants.get("num_warps", 4), arch
+
+            for adjoint in (False, True) if arch == 90 else (False,):
+                for size in (288, 32) if arch == 90 and not half else (288,):
+                    block = filter_warp_launch.apply_block(size)
+                    yield build(filter_warp.apply, "warp", {"ADJOINT": adjoint, **block})
+            for taps in (9, 49):
+                yield build(filter_warp.gram, "gram", {"K": taps, **filter_warp_launch.gram_block(32 * taps, taps)})
+            for taps in (9, 1) if arch == 90 and not half else (9,):
+                flags = {"K": taps, "SCALED": True, "NEED_WEIGHT": True, "NEED_STYLE": True}
+                block = modulation_launch.stream_block(512, 512, taps)
+                yield build(modulation.stream, "stream", {**flags, **block})
+                block = modulation_launch.scales_block(32, 512, taps)
+                yield build(modulation.scales, "scales", {"K": taps, **block})
+            yield build(modulation.modulated, "modulated", {"SCALED": True, "N": 4, "TILE": modulation_launch.TILE})
+            yield build(modulation.finish_weight, "modulated", {"TAPS": 16})
+            for activation in ("silu", "tanh") if arch == 90 and not half else ("silu",):
+                flags = {"ACTIVATION": activation, "RESIDUAL": True, "NEED_WEIGHT": True}
+                for taps in (9, 25):
+                    block = filter_mlp_launch.forward_block(32, taps)
+                    yield build(filter_mlp.forward, "mlp_fwd", {**flags, "K": taps, **block})
+                    block = filter_mlp_launch.backward_block(compute)
+                    yield build(filter_mlp.backward, "mlp_bwd", {**flags, "K": taps, **block})
+            if half:
+                continue
+            yield build(modulation.cubes, "finish", {})
+            yield build(modulation.finish_style, "finish", {})
+            yield build(filter_mlp.finish_layers, "finish", {})
+            yield build(common.fold, "finish", {})
+            for kind in ("affine", "rotate") if arch == 90 else ("rotate",):
+                block = warp_matrix_launch.block(49)
+                flags = {"KIND": kind, "NUMBERS": 6, "CUBIC": True, "BORDER": True, **block}
+                yield build(warp_matrix.forward, "matrix_fwd", flags)
+                yield build(warp_matrix.backward, "matrix_bwd", flags)
+
+
 def builds() -> Iterator[Build]:
+    yield from of_filters()
     yield from of_subspace()
     yield from of_spectral_norm()
 
@@ -189,8 +259,8 @@ def spills(ptx: str, arch: int) -> int:
         source.write_text(ptx)
         command = [ptxas, "-v", f"--gpu-name={target[1]}", source, "-o", source.with_suffix(".cubin")]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    return int(stores) + int(loads)
+    # a function that is called, such as the slow path of a sine, has lines of its own
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
 
 
 def number(kernel: Any, name: str) -> str:

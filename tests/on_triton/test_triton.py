@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import torch
 import weightxform as wx
 from weightxform import _load, backends
 from weightxform.registry import OPS
-from weightxform.spectral_norm import triton_launch
-from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.verify import make_args
+
+ROOMS = {
+    file.parent.name: importlib.import_module(f"weightxform.{file.parent.name}.triton_launch")
+    for file in sorted(Path(wx.__file__).parent.glob("*/triton_launch.py"))
+}
+KERNELS = 17  # of all rooms
 
 # A file of tests, and what selects about half of its work: there are two processes.
 INTERPRETED = {
     "interpreted.py": "against_float64 and (float64 or bfloat16)",
     "interpreted_subspace.py": "block_hadamard or gaussian or dense or fastfood",
+    "interpreted_filters.py": "filter_mlp or filter_warp",
 }
 
 
@@ -49,11 +55,20 @@ def test_importing_weightxform_does_not_import_triton():
         assert process.communicate()[0] == "False\n"
 
 
-def test_cpu_tensors_without_the_interpreter():
+@pytest.mark.parametrize(
+    ("room", "op", "case"),
+    [
+        ("spectral_norm", "spectral_norm_fwd", "linear"),
+        ("subspace", "subspace_fwd", "one_hot-toy"),
+        ("filter_warp", "filter_warp_fwd", "conv3"),
+        ("warp_matrix", "warp_matrix_fwd", "rotate"),
+        ("modulation", "modulate_fwd", "conv3"),
+        ("filter_mlp", "filter_mlp_fwd", "conv3"),
+    ],
+)
+def test_cpu_tensors_without_the_interpreter(room, op, case):
     with pytest.raises(RuntimeError, match=r"no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts"):
-        triton_launch.forward(*make_args(OPS["spectral_norm_fwd"], "linear", torch.float32, "cpu"))
-    with pytest.raises(RuntimeError, match=r"no kernels for CPU tensors; TRITON_INTERPRET=1, set before Python starts"):
-        subspace_launch.forward(*make_args(OPS["subspace_fwd"], "one_hot-toy", torch.float32, "cpu"))
+        ROOMS[room].forward(*make_args(OPS[op], case, torch.float32, "cpu"))
 
 
 @pytest.fixture
@@ -61,7 +76,7 @@ def fresh(monkeypatch):
     """As before the kernels are loaded; what gets registered is collected."""
     found = []
     monkeypatch.setattr(_load, "status", {})
-    for room in (triton_launch, subspace_launch):
+    for room in ROOMS.values():
         monkeypatch.setattr(room, "register_triton", lambda op, launcher: found.append(op.name))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return found
@@ -79,13 +94,13 @@ def test_registered_where_it_can_run(fresh, monkeypatch, cuda, driver, status):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(_load, "driver_version", lambda: driver)
     assert _load._load_triton().startswith(status)
-    assert len(fresh) == (9 if driver else 0)
+    assert len(fresh) == (KERNELS if driver else 0)
 
 
 def test_registered_for_the_interpreter(fresh, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _load._load_triton() == "registered, in its interpreter"
-    assert len(fresh) == 9
+    assert len(fresh) == KERNELS
 
 
 def test_not_installed(fresh, monkeypatch):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..numerics import FLOAT_DTYPES, opmath
 from ..registry import register_triton
 from ..triton_common import tables
+from ..triton_common.sums import sliced
 from ..triton_common.tables import ceil, on, type_of
 from . import op
 from .reference import ENTRYWISE, FASTFOOD, KINDS, Row
@@ -268,12 +269,8 @@ def _tiled_backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
 def finished(call: Call, table: Any, acc: Tensor, c: Tensor | None, z_bar: Tensor, tile: int, strata: int) -> None:
     """z_bar = c times the sum of acc [count, K, extent]."""
     sums = module("sums", call.device)
-    count, width = acc.shape[0], acc[0].numel()
-    each = max(64, ceil(ceil(count, 16), 64) * 64)
-    slices = ceil(count, each)
-    folded = acc.new_empty((slices, width), dtype=torch.float64)
-    columns = sums.COLUMNS.value
-    sums.fold[(ceil(width, columns), slices)](acc, folded, count, each, width)
+    folded = sliced(acc)
+    slices, columns = folded.shape[0], sums.COLUMNS.value
     sums.finish[(ceil(ceil(call.d, strata), columns), strata, call.K)](
         table.table, folded, z_bar if c is None else c, z_bar, slices, call.K, acc.shape[-1], call.d, TILE=tile,
         SCALED=c is not None, C=type_of(call.compute), S=16, enable_fp_fusion=False,

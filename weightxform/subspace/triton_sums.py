@@ -10,9 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_common.kernels import COLUMNS
 from .triton_tiles import LOWS
-
-COLUMNS, SUMS = tl.constexpr(64), tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=["dim", "extent"])
@@ -27,22 +26,6 @@ def extend(plan, z, c, zx, dim: tl.int64, extent: tl.int64, TILE: tl.constexpr, 
     if SCALED:
         x *= tl.load(c + low + k % w, mask=inside, other=0.0)
     tl.store(zx + b * extent + low + r * TILE + k, x, mask=inside)
-
-
-@triton.jit(do_not_specialize=["count", "each", "width"])
-def fold(acc, sums, count: tl.int32, each: tl.int32, width: tl.int64):
-    """sums[i] = the i-th ``each`` rows of acc [count, width], added."""
-    i = tl.program_id(1)
-    k = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([SUMS, COLUMNS], tl.float64)
-    n = i * each
-    end = tl.minimum(count, n + each)
-    while n < end:
-        rows = n + tl.arange(0, SUMS)
-        inside = (rows < end)[:, None] & (k < width)[None, :]
-        total += tl.load(acc + rows.to(tl.int64)[:, None] * width + k[None, :], mask=inside, other=0.0).to(tl.float64)
-        n += SUMS
-    tl.store(sums + i * width + k, tl.sum(total, axis=0), mask=k < width)
 
 
 @triton.jit(do_not_specialize=["slices", "batch", "extent", "dim"])
