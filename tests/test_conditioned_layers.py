@@ -32,7 +32,7 @@ class Fixed(nn.Module):
     "options",
     [
         {"kernel_size": 3, "padding": 1},
-        {"kernel_size": (5, 4), "stride": 2, "groups": 2, "bias": False},
+        {"kernel_size": (5, 4), "stride": 2, "groups": 2, "bias": False, "padding_of_kernel": "zeros"},
         {"kernel_size": 3, "padding": "same", "dilation": (2, 1), "interpolation": "bicubic"},
     ],
 )
@@ -42,11 +42,11 @@ def test_adaptive_rotation_is_a_loop(options):
     layer = AdaptiveRotatedConv2d(4, 6, n_kernels=2, router=Fixed(angles, gates), dtype=D, **options)
     x = torch.randn(3, 4, 9, 10, dtype=D, requires_grad=True)
     y = layer(x)
-    interpolation = options.get("interpolation", "bilinear")
+    how = options.get("interpolation", "bilinear"), options.get("padding_of_kernel", "border")
     loop = []
     for b in range(3):
         weight = sum(
-            gates[b, n] * turned(rotation(float(angles[b, n].detach())), layer.weight[n], layer.dilation, interpolation)
+            gates[b, n] * turned(rotation(float(angles[b, n].detach())), layer.weight[n], layer.dilation, *how)
             for n in range(2)
         )
         loop.append(
@@ -63,6 +63,20 @@ def test_adaptive_rotation_is_a_loop(options):
         assert_close(got, expected)
     (of_angles,) = torch.autograd.grad(y, angles, grad)
     assert bool((of_angles != 0).all())
+
+
+@pytest.mark.parametrize("angle", [0.1, 0.5, math.pi / 4])
+def test_the_kernels_turn_by_the_matrix_of_the_paper(angle):
+    """Its rows for a corner and for the middle of an edge; the others are these, turned by quarters."""
+    gates, angles = torch.ones(1, 1, dtype=D), torch.full((1, 1), angle, dtype=D)
+    layer = AdaptiveRotatedConv2d(1, 1, 3, router=Fixed(angles, gates), dtype=D)
+    w = layer.weight[0, 0, 0].flatten()
+    x, y = math.cos(angle), math.sin(angle)
+    a, b, c = x - y, x * y, x + y
+    turned_by = layer.weights(torch.zeros(1, 1, 5, 5, dtype=D))[0, 0, 0]
+    assert_close(turned_by[0, 0], a * w[0] + (1 - a) * w[1])
+    assert_close(turned_by[0, 1], (x - b) * w[1] + b * w[2] + (1 - c + b) * w[4] + (y - b) * w[5])
+    assert_close(turned_by[1, 1], w[4])
 
 
 def test_the_router_is_its_formula():

@@ -65,7 +65,8 @@ class AdaptiveRotatedConv2d(nn.Module):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as ``nn.Conv2d``.
         n_kernels: how many kernels there are.
         max_angle: in radians: no kernel turns further (the paper's 40 degrees); ``None``: the full circle.
-        interpolation, padding_of_kernel: as ``interpolation`` and ``padding`` of :class:`weightxform.Rotate`.
+        interpolation, padding_of_kernel: as ``interpolation`` and ``padding`` of :class:`weightxform.Rotate`. Bilinear
+            with ``"border"`` is the paper's matrix, which holds for 3x3 taps and up to 45 degrees.
         router: a module that gives (angles [B, n], gates [B, n]) of x; ``None``: the paper's, :class:`Router`.
         device, dtype: of the parameters.
 
@@ -88,7 +89,7 @@ class AdaptiveRotatedConv2d(nn.Module):
         n_kernels: int = 1,
         max_angle: float | None = math.radians(40),
         interpolation: str = "bilinear",
-        padding_of_kernel: str = "zeros",
+        padding_of_kernel: str = "border",
         router: nn.Module | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
