@@ -10,7 +10,17 @@ from conditioned_zoo import D, conv, shaken
 from torch import nn
 from torch.testing import assert_close
 
-from weightxform.conditioned import FilterMLP, Flip, Learned, LearnedResidual, LowRank, Rotate, Steerable
+from weightxform.conditioned import (
+    FilterMLP,
+    FilterTransform,
+    Flip,
+    Learned,
+    LearnedResidual,
+    LowRank,
+    Rotate,
+    Steerable,
+    Warp,
+)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 7])
@@ -199,3 +209,45 @@ def test_sums_and_chains_of_different_kinds():
     a, b = changes.parts
     assert changes.is_change
     assert_close(changes.whole(w, angle), w + a.at(w, angle) + b.at(w, angle))
+
+
+class Louder(FilterTransform):
+    """A user's own transform, with no more than it must have."""
+
+    def needs(self):
+        return {"gain": ()}
+
+    def at(self, weight, conditions, dtype=None):
+        return (weight * conditions["gain"].reshape(-1, *[1] * weight.ndim)).to(dtype or weight.dtype)
+
+
+class Shifted(Warp):
+    """A user's own warp: one tap to the right, round the edge, for kernels of three columns."""
+
+    def plan(self, kernel):
+        if kernel.size[-1] != 3:
+            raise ValueError(f"Shifted: the kernel must have 3 columns, got {kernel.size[-1]}")
+        return super().plan(kernel)
+
+    def matrix(self, conditions, like):
+        taps = torch.arange(self.seen().taps).reshape(-1, 3).roll(1, 1).flatten()
+        return torch.eye(len(taps), dtype=like.dtype)[taps][None]
+
+
+def test_transforms_of_the_users_own():
+    layer = nn.Conv2d(2, 3, (2, 3), dtype=D)
+    w, conditions = layer.weight, {"gain": torch.tensor([0.5, 2.0], dtype=D), "c": torch.tensor([0.1, 0.7], dtype=D)}
+    chain = Louder() @ Shifted()
+    chain.attach(w, layer)
+    assert_close(chain.at(w, conditions), torch.stack([0.5 * w.roll(1, 3), 2 * w.roll(1, 3)]))
+    both = Shifted() + Louder() + LearnedResidual(condition="c")
+    assert both.needs() == {"gain": (), "c": ()}
+    both.attach(w, layer)
+    assert_close(both.at(w, conditions), torch.stack([w.roll(1, 3) + 0.5 * w, w.roll(1, 3) + 2 * w]))
+    refused = Louder() + Shifted()
+    five = nn.Conv2d(2, 3, 5)
+    with pytest.raises(ValueError, match="must have 3 columns, got 5"):
+        refused.attach(five.weight, five)
+    assert all(part.shape is None for part in (refused, *refused.parts))
+    with pytest.raises(NotImplementedError, match="FilterTransform must implement at"):
+        FilterTransform().at(w, {})

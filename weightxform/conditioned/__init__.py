@@ -5,7 +5,7 @@ from .hypernets import AffineHypernet, FilterMLP, LowRank
 from .learned import Learned, LearnedResidual
 from .permutations import Flip, Permute
 from .steerable import Steerable
-from .transform import FilterTransform
+from .transform import FilterTransform, Warp
 from .warps import Affine, Rotate, Scale, Shear
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "Scale",
     "Shear",
     "Steerable",
+    "Warp",
 ]
