@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..triton_common.sums import add_rows
 from .triton_launch import WARPS, Call, ceil, module, type_of
 
 FUSION = {"enable_fp_fusion": False}
@@ -88,12 +89,7 @@ def backward(call: Call, c: Tensor | None, z_bar: Tensor) -> None:
     kernels.collect[programs](
         plan, q, u, step, rows, sizes.n, sizes.length, sizes.bits, sizes.blocks, each, **{**options, "num_warps": 4}
     )
-    summed = u[0]
-    if parts > 1:
-        summed = torch.empty_like(u[0])
-        sums = module("sums", call.device)
-        width = summed.numel()
-        sums.fold[(ceil(width, sums.COLUMNS.value), 1)](u, summed, parts, parts, width)
+    summed = u[0] if parts == 1 else add_rows(u, torch.empty_like(u[0]))
     _transform(kernels, summed, sizes.n)
     kernels.end[(ceil(call.d, 256), call.K)](
         plan, summed, z_bar if c is None else c, z_bar, step, rows, call.d, sizes.n, sizes.length, sizes.blocks, C=C,
