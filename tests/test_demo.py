@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_a_number_fails() -> None:
 
 def test_an_unknown_pillar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(tmp_path / "out", "--pillar", "spectral") == 2
-    assert "--pillar must be one of spectral_norm, subspace, got spectral" in capsys.readouterr().out
+    assert "--pillar must be one of filters, spectral_norm, subspace, got spectral" in capsys.readouterr().out
     assert run(tmp_path / "out", "--steps", "1") == 2
     assert not (tmp_path / "out").exists()
 
@@ -141,7 +141,7 @@ def test_a_pillar_is_found_because_it_is_there(
         "PILLAR = Pillar('toy', 'A toy', run)\n"
     )
     monkeypatch.setattr(pillars, "__path__", [*pillars.__path__, str(tmp_path)])
-    assert list(pillar.find_pillars()) == ["spectral_norm", "subspace", "toy"]
+    assert list(pillar.find_pillars()) == ["filters", "spectral_norm", "subspace", "toy"]
     assert run(tmp_path / "out", "--pillar", "toy", "--seed", "7") == 0
     assert run(tmp_path / "out", "--pillar", "toy", "--seed", "8") == 1
     assert "one is one" in capsys.readouterr().out
