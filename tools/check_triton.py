@@ -43,9 +43,9 @@ from weightxform.subspace import (
     triton_hadamard,
     triton_one_hot,
 )
-from weightxform.subspace import triton_launch as subspace_launch
 from weightxform.subspace import triton_sums as subspace_sums
 from weightxform.triton_common import kernels as common
+from weightxform.triton_common import launch as common_launch
 from weightxform.triton_common.tables import type_of
 from weightxform.warp_matrix import triton_kernels as warp_matrix
 from weightxform.warp_matrix import triton_launch as warp_matrix_launch
@@ -182,12 +182,12 @@ def of_filters() -> Iterator[Build]:
                 yield build(modulation.scales, "scales", {"K": taps, **block})
             yield build(modulation.modulated, "modulated", {"SCALED": True, "N": 4, "TILE": modulation_launch.TILE})
             yield build(modulation.finish_weight, "modulated", {"TAPS": 16})
-            for activation in ("silu", "tanh") if arch == 90 and not half else ("silu",):
+            for activation in ("relu", "tanh") if arch == 90 and not half else ("tanh",):
                 flags = {"ACTIVATION": activation, "RESIDUAL": True, "NEED_WEIGHT": True}
-                for taps in (9, 25):
-                    block = filter_mlp_launch.forward_block(32, taps)
+                for taps, batch in ((9, 32), (25, 1)):
+                    block = filter_mlp_launch.forward_block(batch, taps, compute)
                     yield build(filter_mlp.forward, "mlp_fwd", {**flags, "K": taps, **block})
-                    block = filter_mlp_launch.backward_block(compute)
+                    block = filter_mlp_launch.backward_block(taps, compute)
                     yield build(filter_mlp.backward, "mlp_bwd", {**flags, "K": taps, **block})
             if half:
                 continue
@@ -285,8 +285,8 @@ def compiled(build: Build) -> tuple[int, int, int]:
     options: dict[str, Any] = {"num_warps": warps}
     if "subspace" in kernel.fn.__module__:
         options["enable_fp_fusion"] = False
-    if kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries")):
-        options |= subspace_launch.REGISTERS
+    if kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries", "filter_mlp.triton_kernels")):
+        options |= common_launch.REGISTERS
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register_triton
-from ..triton_common.arguments import check, check_dtypes, check_gradient
+from ..triton_common.launch import REGISTERS, check, check_dtypes, check_gradient
 from ..triton_common.sums import add_rows
 from ..triton_common.tables import ceil, module, on, type_of
 from . import op
@@ -20,15 +20,16 @@ from .reference import ACTIVATIONS
 PROGRAMS = 1024  # backward, about
 
 
-def forward_block(batch: int, taps: int) -> dict[str, int]:
+def forward_block(batch: int, taps: int, compute: torch.dtype) -> dict[str, int]:
     """Conditions, filters, hidden units and taps of a block; 64 rows of conditions and filters."""
     b = 1 if batch == 1 else 2 if batch == 2 else 4
-    return {"B": b, "F": 64 // b, "J": 16, "P": 16 if taps <= 16 else 32, "num_warps": 4}
+    p = 16 if taps <= 16 or compute == torch.float64 else 32
+    return {"B": b, "F": 64 // b, "J": 16, "P": p, "num_warps": 4}
 
 
-def backward_block(compute: torch.dtype) -> dict[str, int]:
+def backward_block(taps: int, compute: torch.dtype) -> dict[str, int]:
     """Filters, hidden units and taps of a block: what registers allow."""
-    return {"F": 16 if compute == torch.float64 else 32, "J": 32, "P": 16, "num_warps": 8}
+    return {"F": 32 if taps <= 16 and compute != torch.float64 else 16, "J": 32, "P": 16, "num_warps": 8}
 
 
 def _kernels(device: torch.device) -> Any:
@@ -57,13 +58,13 @@ def forward(
     (filters, taps), (batch, hidden) = weight.shape, v.shape
     out = weight.new_empty((batch, filters, taps), dtype=out_dtype or weight.dtype)
     if out.numel():
-        kernels, block = _kernels(weight.device), forward_block(batch, taps)
+        kernels, block = _kernels(weight.device), forward_block(batch, taps, v.dtype)
         programs = ceil(taps, block["P"]) * ceil(batch, block["B"]) * ceil(filters, block["F"])
         with on(weight.device):
             kernels.forward[(programs,)](
                 weight.contiguous(), v.contiguous(), w1.contiguous(), w2.contiguous(), b2.contiguous(), out, filters,
                 batch, hidden, TO=type_of(out.dtype), C=type_of(v.dtype), K=taps, ACTIVATION=activation,
-                RESIDUAL=residual, **block,
+                RESIDUAL=residual, **block, **REGISTERS,
             )  # fmt: skip
     return out
 
@@ -79,7 +80,7 @@ def backward(
     dv, dw1, dw2, db2 = (v.new_empty(shape) for shape in (v.shape, w1.shape, w2.shape, (taps,)))
     if not grad.numel():
         return dweight.zero_(), dv.zero_(), dw1.zero_(), dw2.zero_(), db2.zero_()
-    block = backward_block(v.dtype)
+    block = backward_block(taps, v.dtype)
     units, parts, blocks = max(1, ceil(hidden, block["J"])), ceil(taps, block["P"]), ceil(filters, block["F"])
     each = ceil(blocks, max(1, PROGRAMS // (units * parts)))
     groups = ceil(blocks, each)
@@ -90,7 +91,7 @@ def backward(
         kernels.backward[(parts * units * groups,)](
             grad.contiguous(), weight.contiguous(), v.contiguous(), w1.contiguous(), w2.contiguous(), dweights, dvs,
             dlayers, filters, each, batch, hidden, C=C, K=taps, ACTIVATION=activation, RESIDUAL=residual,
-            NEED_WEIGHT=need_weight, **block,
+            NEED_WEIGHT=need_weight, **block, **REGISTERS,
         )  # fmt: skip
         columns = kernels.COLUMNS.value
         kernels.finish_layers[(ceil(dlayers.shape[1], columns),)](

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register_triton
-from ..triton_common.arguments import check, check_dtypes, check_gradient
+from ..triton_common.launch import check, check_dtypes, check_gradient
 from ..triton_common.sums import add_rows
 from ..triton_common.tables import bits_of, ceil, module, on, type_of
 from . import op

@@ -20,14 +20,13 @@ from torch import Tensor
 from ..numerics import FLOAT_DTYPES, opmath
 from ..registry import register_triton
 from ..triton_common import tables
+from ..triton_common.launch import REGISTERS
 from ..triton_common.sums import sliced
 from ..triton_common.tables import ceil, on, type_of
 from . import op
 from .reference import ENTRYWISE, FASTFOOD, KINDS, Row
 
 WARPS = 8
-# Said aloud: otherwise ptxas spills a few to have more programs on a processor.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 MOST = 65535  # programs along the second and third axis of a grid
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register_triton
-from ..triton_common.arguments import check
+from ..triton_common.launch import check
 from ..triton_common.tables import bits_of, ceil, module, on, type_of
 from . import op
 from .reference import INTERPOLATIONS, KINDS, PADDINGS

@@ -1,4 +1,4 @@
-"""What the launchers of several rooms ask of their arguments."""
+"""What the launchers of several rooms share: checks of arguments, and an option."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ..numerics import FLOAT_DTYPES, opmath
+
+# Said aloud: otherwise ptxas spills a few to have more programs on a processor.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 def check(owner: str, ok: bool, what: str) -> None:
