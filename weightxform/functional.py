@@ -351,9 +351,9 @@ def filter_mlp(
     _require_dtype("filter_mlp", dtype)
     wide = opmath(weight.dtype)
     conditions = (condition if condition.ndim == 2 else condition[None]).to(wide)
-    of_taps, of_condition = w1.to(wide).split([taps, condition.shape[-1]], 1)
-    v = torch.addmm(b1.to(wide), conditions, of_condition.T)
-    out = _fm.apply(weight.reshape(-1, taps), v, of_taps, w2, b2, activation, residual, dtype)
+    first = w1.to(wide)
+    v = torch.addmm(b1.to(wide), conditions, first[:, taps:].T)
+    out = _fm.apply(weight.reshape(-1, taps), v, first[:, :taps], w2, b2, activation, residual, dtype)
     return out.reshape((conditions.shape[0], *weight.shape) if condition.ndim == 2 else weight.shape)
 
 

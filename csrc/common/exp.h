@@ -22,7 +22,7 @@ struct ExpParts<double> {
 
 // e^x = power + power rest, power = 2^n, rest = e^r - 1: so that e^x - 1 is exact near 0 as well.
 template <class C, int Bytes>
-WX_INLINE void exp_parts(typename Packs<C, Bytes>::F x, typename Packs<C, Bytes>::F& power,
+WX_INLINE void exp_parts(const typename Packs<C, Bytes>::F& at, typename Packs<C, Bytes>::F& power,
                          typename Packs<C, Bytes>::F& rest) {
   using F = typename Packs<C, Bytes>::F;
   using U = typename Packs<C, Bytes>::U;
@@ -30,7 +30,7 @@ WX_INLINE void exp_parts(typename Packs<C, Bytes>::F x, typename Packs<C, Bytes>
   F low, high, n, magic, ln2, ln2_rest, inverse;
   fill(low, E::kLow), fill(high, E::kHigh), fill(magic, E::kRound), fill(inverse, static_cast<C>(1.4426950408889634));
   fill(ln2, -E::kLn2), fill(ln2_rest, -E::kLn2Rest);
-  x = x < low ? low : x;
+  F x = at < low ? low : at;
   x = x > high ? high : x;
   n = x * inverse + magic;  // n in the lowest bits
   const U bits = reinterpret_cast<U>(n);

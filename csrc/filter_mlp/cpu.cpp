@@ -171,7 +171,7 @@ struct Backward {
   int64_t sums() const { return at.conditions * units + 2 * at.taps * units + at.taps; }
 
   struct Room {
-    std::vector<C> w, g, u, s, h, e, dw, over_conditions;
+    std::vector<C> w, g, u, s, h, e, dw, over_conditions, taps;
     explicit Room(const Backward& b)
         : w(kTile * b.at.taps),
           g(w.size()),
@@ -180,7 +180,8 @@ struct Backward {
           h(u.size()),
           e(u.size()),
           dw(kTile * b.width),
-          over_conditions(w.size()) {}
+          over_conditions(w.size()),
+          taps(b.at.taps) {}
   };
 
   // Rows [first, first + count) of x as C: where they lie, or a copy with zeros up to a whole tile.
@@ -217,10 +218,12 @@ struct Backward {
         multiply<C>({room.e.data(), n, 1}, kTile, to_taps.data() + j * width, width, std::min(n, at.hidden - j),
                     {room.dw.data(), width}, width, true);
     }
-    for (int64_t f = 0; f < count; f++) {
+    std::fill(room.taps.begin(), room.taps.end(), C(0));
+    for (int64_t f = 0; f < count; f++)
+      run<Added<C>>(static_cast<const C*>(room.over_conditions.data()) + f * at.taps, at.taps, room.taps.data());
+    run<Added<C>>(static_cast<const C*>(room.taps.data()), at.taps, db2);
+    for (int64_t f = 0; f < count && dweight; f++) {
       const C* g = room.over_conditions.data() + f * at.taps;
-      run<Added<C>>(g, at.taps, db2);
-      if (!dweight) continue;
       C* row = room.dw.data() + f * width;
       if (residual) run<Added<C>>(g, at.taps, row);
       run<Copied<C, T>>(static_cast<const C*>(row), at.taps, dweight + (first + f) * at.taps, false);
