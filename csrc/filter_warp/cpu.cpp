@@ -10,6 +10,8 @@
 
 #include "../common/layout.h"
 #include "../common/work.h"
+#include "gram.h"
+#include "map.h"
 #include "run.h"
 
 namespace wx::fw {
@@ -17,12 +19,14 @@ namespace {
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "filter_warp: ", what); }
 
-constexpr int64_t kChunkBytes = 24 << 10;  // of the weight: half of L1, and no more of the gradient
-constexpr int64_t kSumsBytes = 256 << 10;  // of the Gram matrices that are being summed: in L2 with the rest
+constexpr int64_t kChunkBytes = 24 << 10;  // of the weight's tiles that meet a condition at a time: half of L1
+constexpr int64_t kRunBytes = 192 << 10;   // of those that stay in L2 for all conditions
+constexpr int64_t kRunTiles = 64;          // 36 KiB of 3 x 3 kernels in one piece: shorter ones are read more slowly
 constexpr int64_t kWake = 1 << 18;         // products that are worth a second thread
 
 struct Shape {
-  int64_t batch, banks, filters, taps, sources, tiles, chunk;
+  int64_t batch, banks, filters, taps, sources, tiles;
+  int64_t chunk, run;  // tiles; a run is whole chunks
 
   Shape(const Tensor& weight, const Tensor& a)
       : batch(a.size(0)),
@@ -33,6 +37,8 @@ struct Shape {
         tiles((filters + kFilters - 1) / kFilters) {
     const int64_t bytes = kFilters * std::max<int64_t>(1, sources) * itemsize(a.scalar_type());
     chunk = std::clamp<int64_t>(kChunkBytes / bytes, 2, 16);
+    const int64_t most = std::clamp<int64_t>(kRunBytes / bytes, 2, kRunTiles);
+    run = std::max<int64_t>(1, std::min(most, tiles / 16) / chunk) * chunk;
   }
   int64_t count(int64_t first, int64_t most) const { return std::min(most, tiles - first); }
   // Of `count` tiles: the last one may be short.
@@ -56,20 +62,18 @@ void check_inputs(const Tensor& weight, const Tensor& a) {
         "a must be [B, E, K, K] for a weight [E, F, K]");
 }
 
-// The matrices of all conditions as Map reads them: [K, E K], or for the adjoint [E K, K].
+// The matrices of all conditions: [K, E K], or their adjoints [E K, K].
 template <class C>
-Lines<C> packed_matrices(const Shape& of, const C* a, bool adjoint) {
-  Lines<C> packed(of.batch * of.taps * of.sources);
-  spread(of.batch * of.taps * of.sources < kWake, of.batch, [&](int64_t b) {
-    const C* from = a + b * of.sources * of.taps;
-    const auto at = [&](int64_t p, int64_t s) { return from[(s / of.taps * of.taps + p) * of.taps + s % of.taps]; };
-    C* to = packed.data() + b * of.taps * of.sources;
-    if (adjoint)
-      pack(of.sources, of.taps, [&](int64_t s, int64_t p) { return at(p, s); }, to);
-    else
-      pack(of.taps, of.sources, at, to);
-  });
-  return packed;
+Maps<C> maps_of(const Shape& of, const C* a, bool adjoint) {
+  const auto at = [=](int64_t b, int64_t p, int64_t s) {
+    return a[(b * of.sources + s / of.taps * of.taps + p) * of.taps + s % of.taps];
+  };
+  const auto make = [&](const auto& parallel) {
+    return adjoint ? Maps<C>(parallel, of.batch, of.sources, of.taps,
+                             [&](int64_t b, int64_t s, int64_t p) { return at(b, p, s); })
+                   : Maps<C>(parallel, of.batch, of.taps, of.sources, at);
+  };
+  return of.batch * of.taps * of.sources < kWake ? make(Alone()) : make(Threads());
 }
 
 // The tiles [first, first + count) of all banks, [tiles][sources][16].
@@ -83,7 +87,7 @@ void read_banks(const Shape& of, Run<C>& run, const T* weight, int64_t first, in
 template <class T, class O>
 void forward_all(const Shape& of, const T* weight, const Compute<T>* a, O* out) {
   using C = Compute<T>;
-  const Lines<C> matrices = packed_matrices(of, a, false);
+  const Maps<C> maps = maps_of(of, a, false);
   const bool past = of.batch * of.filters * of.taps * static_cast<int64_t>(sizeof(O)) >= kPastCache;
   spread(of.small(), (of.tiles + of.chunk - 1) / of.chunk, [&](int64_t k) {
     const int64_t first = k * of.chunk, count = of.count(first, of.chunk);
@@ -91,8 +95,7 @@ void forward_all(const Shape& of, const T* weight, const Compute<T>* a, O* out) 
     const Lines<C> w(of.chunk * of.sources * kFilters), result(of.chunk * of.taps * kFilters);
     read_banks(of, run, weight, first, count, w.data());
     for (int64_t b = 0; b < of.batch; b++) {
-      const C* matrix = matrices.data() + b * of.taps * of.sources;
-      wx::run<Map<C, false>>(matrix, of.taps, of.sources, w.as_const(), count, result.data());
+      maps.template apply<false>(b, w.data(), count, result.data());
       run.write(result.data(), of.taps * kFilters, of.filters_in(first, count),
                 out + (b * of.filters + first * kFilters) * of.taps, past);
     }
@@ -100,53 +103,56 @@ void forward_all(const Shape& of, const T* weight, const Compute<T>* a, O* out) 
   });
 }
 
-// One block of tiles: its part of da [B][K][sources] in `gram`, and its dweight. Null: not needed.
+// The runs of a block, one after another: its part of da [B][K][sources] is added to `gram`, and its dweight written.
+// Null: not needed.
 template <class T, class D>
-void backward_block(const Shape& of, const D* grad, const T* weight, const Compute<T>* adjoints, int64_t begin,
-                    int64_t tiles, Compute<T>* gram, T* dweight) {
+void backward_block(const Shape& of, const D* grad, const T* weight, const Maps<Compute<T>>& adjoints, int64_t begin,
+                    int64_t end, Compute<T>* gram, T* dweight) {
   using C = Compute<T>;
   const int64_t tile = of.sources * kFilters, matrix = of.taps * of.sources;
-  const int64_t sums_bytes = std::max<int64_t>(1, matrix) * kFilters * static_cast<int64_t>(sizeof(C));
-  const int64_t group = gram ? std::clamp<int64_t>(kSumsBytes / sums_bytes, 1, of.batch) : of.batch;
   Run<C> run(of.taps, of.chunk);
-  const Lines<C> g(of.chunk * of.taps * kFilters), w(gram ? tiles * tile : 0), dw(dweight ? tiles * tile : 0),
-      sums(gram ? group * matrix * kFilters : 0);
-  if (gram) read_banks(of, run, weight, begin, tiles, w.data());
-  if (dweight) std::fill_n(dw.data(), tiles * tile, C(0));
-  for (int64_t first_b = 0; first_b < of.batch; first_b += group) {
-    const int64_t conditions = std::min(group, of.batch - first_b);
-    if (gram) std::fill_n(sums.data(), conditions * matrix * kFilters, C(0));
-    for (int64_t t = 0; t < tiles; t += of.chunk) {
-      const int64_t first = begin + t, count = std::min(of.chunk, tiles - t);
-      for (int64_t k = 0; k < conditions; k++) {
-        const int64_t b = first_b + k;
-        run.read(grad + (b * of.filters + first * kFilters) * of.taps, of.filters_in(first, count), g.data(),
-                 of.taps * kFilters);
-        if (dweight)
-          wx::run<Map<C, true>>(adjoints + b * matrix, of.sources, of.taps, g.as_const(), count, dw.data() + t * tile);
+  const Lines<C> g(of.chunk * of.taps * kFilters), w(gram ? of.run * tile : 0), dw(dweight ? of.run * tile : 0),
+      sums(gram ? matrix * kFilters : 0);
+  for (int64_t start = begin; start < end; start += of.run) {
+    const int64_t tiles = std::min(of.run, end - start);
+    if (gram) read_banks(of, run, weight, start, tiles, w.data());
+    if (dweight) std::fill_n(dw.data(), tiles * tile, C(0));
+    for (int64_t b = 0; b < of.batch; b++) {
+      if (gram) std::fill_n(sums.data(), matrix * kFilters, C(0));
+      for (int64_t t = 0; t < tiles; t += of.chunk) {
+        const int64_t first = start + t, count = std::min(of.chunk, tiles - t);
+        const D* from = grad + (b * of.filters + first * kFilters) * of.taps;
+        // what is read next: the next tiles, or the next condition's
+        const D* next = t + of.chunk < tiles ? from + count * kFilters * of.taps
+                                             : grad + ((b + 1) * of.filters + start * kFilters) * of.taps;
+        const Ahead ahead{b + 1 < of.batch ? reinterpret_cast<const char*>(next) : nullptr, sizeof(D)};
+        run.read(from, of.filters_in(first, count), g.data(), of.taps * kFilters);
+        if (!gram && ahead.at) ahead.ask(0, count * kFilters * of.taps, ahead.item);
+        if (dweight) adjoints.template apply<true>(b, g.data(), count, dw.data() + t * tile);
         if (gram)
-          wx::run<Gram<C>>(g.as_const(), of.taps, w.as_const() + t * tile, of.sources, count,
-                           sums.data() + k * matrix * kFilters);
+          wx::run<Gram<C>>(g.as_const(), of.taps, w.as_const() + t * tile, of.sources, count, sums.data(), ahead);
       }
+      if (gram) wx::run<LaneSums<C>>(sums.as_const(), matrix, gram + b * matrix);
     }
-    if (gram) wx::run<LaneSums<C>>(sums.as_const(), conditions * matrix, gram + first_b * matrix);
+    for (int64_t e = 0; dweight && e < of.banks; e++)
+      run.write(dw.data() + e * of.taps * kFilters, tile, of.filters_in(start, tiles),
+                dweight + (e * of.filters + start * kFilters) * of.taps, false);
   }
-  for (int64_t e = 0; dweight && e < of.banks; e++)
-    run.write(dw.data() + e * of.taps * kFilters, tile, of.filters_in(begin, tiles),
-              dweight + (e * of.filters + begin * kFilters) * of.taps, false);
 }
 
 template <class T, class D>
 void backward_all(const Shape& of, const D* grad, const T* weight, const Compute<T>* a, T* dweight, Compute<T>* da) {
   using C = Compute<T>;
-  // Partial sums are at most a sixteenth of the gradient, and what is done once for each block small to its tiles.
+  // Partial sums are at most a sixteenth of the gradient.
   const int64_t wanted = std::max({of.sources, (of.tiles + kMaxBlocks - 1) / kMaxBlocks, int64_t{1}});
-  const int64_t per_block = (wanted + of.chunk - 1) / of.chunk * of.chunk;
+  const int64_t per_block = (wanted + of.run - 1) / of.run * of.run;
   const int64_t blocks = (of.tiles + per_block - 1) / per_block, numel = of.batch * of.taps * of.sources;
-  const Lines<C> partial(da ? blocks * numel : 0), adjoints = packed_matrices(of, a, true);
+  const Lines<C> partial(da ? blocks * numel : 0);
+  const Maps<C> adjoints = maps_of(of, a, true);
   spread(of.small(), blocks, [&](int64_t k) {
-    backward_block(of, grad, weight, adjoints.as_const(), k * per_block, of.count(k * per_block, per_block),
-                   da ? partial.data() + k * numel : nullptr, dweight);
+    C* gram = da ? partial.data() + k * numel : nullptr;
+    if (gram) std::fill_n(gram, numel, C(0));
+    backward_block(of, grad, weight, adjoints, k * per_block, std::min(of.tiles, (k + 1) * per_block), gram, dweight);
   });
   if (!da) return;
   spread(blocks * numel < kWake, of.batch * of.taps, [&](int64_t row) {  // [B][K][E K] to [B][E][K][K]

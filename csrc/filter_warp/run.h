@@ -4,25 +4,36 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../common/pool.h"
-#include "tile.h"
+#include "transpose.h"
 
 namespace wx::fw {
 
-// Uninitialised numbers at the start of a cache line.
-template <class C>
-class Lines {
- public:
-  explicit Lines(int64_t n) : held_(n == 0 ? 0 : n + 64 / static_cast<int64_t>(sizeof(C))) {
-    const auto at = reinterpret_cast<uintptr_t>(held_.data());
-    data_ = held_.data() ? held_.data() + (64 - at % 64) % 64 / sizeof(C) : nullptr;
+// Numbers of another type, and back.
+template <class C, class E>
+struct Widen {
+  template <int Bytes>
+  WX_INLINE static void body(const E* from, int64_t n, C* to) {
+    for (int64_t i = 0; i < n; i++) to[i] = static_cast<C>(widen(from[i]));
   }
-  C* data() const { return data_; }
-  const C* as_const() const { return data_; }
+};
+template <class C, class E>
+struct Narrow {
+  template <int Bytes>
+  WX_INLINE static void body(const C* from, int64_t n, E* to) {
+    for (int64_t i = 0; i < n; i++) narrow(from[i], to[i]);
+  }
+};
 
- private:
-  Scratch<C> held_;
-  C* data_;
+// A copy whose stores go past the cache, of whole vectors to where they are aligned.
+struct CopyPast {
+  template <int Bytes>
+  WX_INLINE static void body(const char* from, int64_t bytes, char* to) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      Vec<float> v;
+      load<float>(v, reinterpret_cast<const float*>(from + i));
+      stream<float>(reinterpret_cast<float*>(to + i), v);
+    }
+  }
 };
 
 // Reads and writes at most `tiles` tiles at a time; tiles have rows of 16 numbers, a row for a tap.

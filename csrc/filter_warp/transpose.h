@@ -8,11 +8,9 @@
 #include <array>
 #include <utility>
 
-#include "../common/simd.h"
+#include "tile.h"
 
 namespace wx::fw {
-
-constexpr int kFilters = 16;  // of a tile, whatever the width of vectors
 
 // 1 / a mod n, for a prime to n.
 constexpr int inverse(int a, int n) {
@@ -170,31 +168,26 @@ struct FromTaps {
   }
 };
 
-// f(Taps<K>()) with the sizes that occur most as constants, else with K = 0.
-template <int K>
-struct Taps {
-  static constexpr int value = K;
-};
-
+// f of the sizes that occur most as constants, else of 0.
 template <class F>
 void with_taps(int64_t taps, const F& f) {
   switch (taps) {
     case 3:
-      return f(Taps<3>());
+      return f(std::integral_constant<int, 3>());
     case 4:
-      return f(Taps<4>());
+      return f(std::integral_constant<int, 4>());
     case 5:
-      return f(Taps<5>());
+      return f(std::integral_constant<int, 5>());
     case 9:
-      return f(Taps<9>());
+      return f(std::integral_constant<int, 9>());
     case 25:
-      return f(Taps<25>());
+      return f(std::integral_constant<int, 25>());
     case 27:
-      return f(Taps<27>());
+      return f(std::integral_constant<int, 27>());
     case 49:
-      return f(Taps<49>());
+      return f(std::integral_constant<int, 49>());
     default:
-      return f(Taps<0>());
+      return f(std::integral_constant<int, 0>());
   }
 }
 
