@@ -9,70 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conditioned_models import Digits, conditioned, digits, inputs, plain, turned
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import weightxform as wx
 
-
-class Digits(nn.Module):
-    """Two convolutions, the second grouped and strided, batch normalization, and a Linear on a flattened map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 6, 5)
-        self.norm = nn.BatchNorm2d(6)
-        self.second = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
-        self.point = nn.Conv2d(8, 4, 1)
-        self.drop = nn.Dropout(0.0)
-        self.fc = nn.Linear(4 * 3 * 3, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        x = F.max_pool2d(self.point(torch.relu(self.second(x))), 2)
-        return self.fc(self.drop(torch.flatten(x, 1)))
-
-
-def turned(weight: Tensor, angle: Tensor) -> Tensor:
-    """[O, I, k, k], by grid_sample."""
-    zero = torch.zeros_like(angle)
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])
-    grid = F.affine_grid(theta[None], [1, 1, *weight.shape[2:]], align_corners=True)
-    flat = weight.reshape(1, -1, *weight.shape[2:])
-    return F.grid_sample(flat, grid, align_corners=True).reshape(weight.shape)
-
-
-def plain(model: nn.Module, x: Tensor, angles: Tensor) -> Tensor:
-    """``model`` with its kernels turned, one sample after the other."""
-    weights = dict(model.named_parameters())
-    outs = []
-    for k, angle in enumerate(angles):
-        bent = dict(weights)
-        for name in ("first.weight", "second.weight"):
-            bent[name] = turned(weights[name], angle)
-        bent["fc.weight"] = turned(weights["fc.weight"].reshape(5, 4, 3, 3), angle).reshape(5, 36)
-        outs.append(torch.func.functional_call(model, bent, (x[k : k + 1],)))
-    return torch.cat(outs)
-
-
-@pytest.fixture
-def digits() -> nn.Module:
-    torch.manual_seed(0)
-    model = Digits().double()
-    model(torch.randn(16, 1, 17, 17, dtype=torch.float64))  # statistics
-    return model.eval()
-
-
-def inputs(batch: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 1, 17, 17, generator=generator, dtype=torch.float64)
-    return x, torch.rand(batch, generator=generator, dtype=torch.float64) * 6 - 3
-
-
-def conditioned(model: nn.Module, **options: Any) -> wx.Conditioned:
-    return wx.Conditioned(copy.deepcopy(model), wx.Rotate(), sample=inputs(2)[0], **options)
+__all__ = ["digits"]  # a fixture
 
 
 def test_the_flattened_linear_is_found_and_one_tap_is_left_alone(digits: nn.Module) -> None:
@@ -258,63 +201,6 @@ def test_output_size_of_a_transposed_convolution_and_other_padding() -> None:
             )
 
 
-@pytest.mark.parametrize(("per_sample", "backend"), [(False, "aot_eager"), (True, "inductor")])
-def test_compiled(digits: nn.Module, per_sample: bool, backend: str) -> None:
-    x, angles = inputs()
-    x, angles = x.float(), angles.float()
-    net = wx.Conditioned(copy.deepcopy(digits).float(), wx.Rotate() + wx.LearnedResidual(), sample=x)
-    for p in net.transform_parameters():
-        nn.init.normal_(p, std=0.1)
-    compiled = torch.compile(net, fullgraph=True, backend=backend)
-    condition = angles if per_sample else angles[0]
-    grads = []
-    for call in (net, compiled):
-        net.zero_grad()
-        y = call(x, condition)
-        y.square().sum().backward()
-        grads.append([y, *(p.grad for p in net.transform_parameters())])
-    torch.testing.assert_close(grads[0], grads[1], rtol=2e-4, atol=2e-5)
-
-
-def test_autocast_gives_the_layer_its_dtype(digits: nn.Module) -> None:
-    x, angles = inputs()
-    net = conditioned(digits).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = net(x.float(), angles.float())
-        assert net.model.first.weight.dtype == torch.bfloat16
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.double(), plain(digits, x, angles), rtol=0.1, atol=0.05)
-
-
-@pytest.mark.parametrize("remake", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies(digits: nn.Module, remake: Any) -> None:
-    x, angles = inputs()
-    net = wx.Conditioned(digits, wx.Rotate() + wx.LearnedResidual(), sample=x)
-    other = remake(net)
-    torch.testing.assert_close(other(x, angles), net(x, angles), rtol=0, atol=0)
-    first = next(other.transform_parameters())
-    with torch.no_grad():
-        first += 1
-    assert not torch.equal(other(x, 0.5), net(x, 0.5))
-    assert other.model.first.weight_transform.owner is other
-
-
-def test_state_dict_is_stable_and_has_the_base_under_its_names(digits: nn.Module) -> None:
-    x, angles = inputs()
-    names = list(digits.state_dict())
-    net = wx.Conditioned(digits, wx.Rotate() + wx.LearnedResidual(), sample=x)
-    keys = set(net.state_dict())
-    assert {f"model.{n}" for n in names} <= keys
-    for mode in (True, False):
-        net.train(mode)
-        with torch.no_grad():
-            net(x, angles)
-        assert set(net.state_dict()) == keys
-    fresh = wx.Conditioned(Digits().double(), wx.Rotate() + wx.LearnedResidual(), sample=x)
-    fresh.load_state_dict(net.state_dict())
-    torch.testing.assert_close(fresh.eval()(x, angles), net.eval()(x, angles))
-
-
 def test_bake_and_unwrap(digits: nn.Module) -> None:
     x, _ = inputs()
     keys = list(digits.state_dict())
@@ -333,102 +219,6 @@ def test_bake_and_unwrap(digits: nn.Module) -> None:
     model = net.unwrap()
     assert model is digits and type(model.first) is nn.Conv2d and list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_weights_are_kept_for_each_condition_where_no_gradient_is_wanted(digits: nn.Module) -> None:
-    x, angles = inputs()
-    net = wx.Conditioned(digits, wx.Rotate() + wx.LearnedResidual(), sample=x, cache_size=2).eval()
-    own = net.model.first.weight_transform
-    computed, compute = [], own._compute
-    own.__dict__["_compute"] = lambda raw, given, dtype: computed.append(1) or compute(raw, given, dtype)
-
-    def calls(*conditions: Any) -> int:
-        computed.clear()
-        for c in conditions:
-            net(x, c)
-        return len(computed)
-
-    with torch.no_grad():
-        assert calls(0.1, 0.2, 0.1, 0.2, torch.tensor(0.2, dtype=torch.float64)) == 2
-        assert calls(0.3, 0.1, 0.2) == 3  # two are kept
-        assert calls(angles, angles.clone(), angles) == 1
-        expected = net(x, 0.2)
-        with torch.no_grad():
-            next(net.transform_parameters()).add_(1)
-        assert calls(0.2) == 1
-        assert not torch.equal(net(x, 0.2), expected)
-        digits.first.weight  # noqa: B018
-        wx.raw(digits.first).mul_(2)
-        assert calls(0.2) == 1
-    assert calls(0.2, 0.2) == 2  # a graph each
-
-
-def test_repeated_backward_and_accumulation(digits: nn.Module) -> None:
-    x, angles = inputs()
-    net = wx.Conditioned(digits, wx.Rotate() + wx.LearnedResidual(), sample=x)
-    for p in net.transform_parameters():
-        nn.init.normal_(p, std=0.1)
-    parts = [net(x[k : k + 2], angles[k : k + 2]).square().sum() for k in (0, 2, 4)]
-    sum(parts).backward()
-    together = [p.grad.clone() for p in net.transform_parameters()]
-    net.zero_grad()
-    for k in (4, 0, 2):
-        net(x[k : k + 2], angles[k : k + 2]).square().sum().backward()
-    torch.testing.assert_close(together, [p.grad for p in net.transform_parameters()])
-
-
-class Checkpointed(Digits):
-    reentrant = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        def body(x: Tensor) -> Tensor:
-            return F.max_pool2d(self.point(torch.relu(self.second(torch.relu(self.norm(self.first(x)))))), 2)
-
-        x = checkpoint(body, x, use_reentrant=self.reentrant)
-        return self.fc(torch.flatten(x, 1))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_computes_again_at_the_condition_of_its_forward(digits: nn.Module, reentrant: bool) -> None:
-    x, angles = inputs()
-    grads = []
-    for cls in (Digits, Checkpointed):
-        model = cls().double().eval()
-        model.reentrant = reentrant
-        model.load_state_dict(digits.state_dict())
-        net = wx.Conditioned(model, wx.Rotate() + wx.LearnedResidual(), flattened={"fc": (4, 3, 3)})
-        generator = torch.Generator().manual_seed(0)
-        for p in net.transform_parameters():
-            nn.init.normal_(p, std=0.1, generator=generator)
-        xs = x.clone().requires_grad_()
-        one, two = net(xs, angles), net(xs, 0.4)  # the second is the present condition when backward begins
-        (one.square().sum() + two.sin().sum()).backward()
-        grads.append([xs.grad, *(p.grad for p in net.transform_parameters())])
-    torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_vmap_and_functional_call(digits: nn.Module) -> None:
-    x, angles = inputs()
-    net = conditioned(digits)
-
-    def one(sample: Tensor, angle: Tensor) -> Tensor:
-        return net(sample[None], angle)[0]
-
-    torch.testing.assert_close(torch.vmap(one)(x, angles), plain(digits, x, angles))
-    ours = torch.func.grad(lambda a: net(x, a).square().sum())(angles)
-    leaf = angles.clone().requires_grad_()
-    plain(digits, x, leaf).square().sum().backward()
-    torch.testing.assert_close(ours, leaf.grad)
-    torch.testing.assert_close(
-        torch.func.jacrev(lambda a: net(x, a).sum(1))(angles).diagonal(),
-        torch.func.jvp(lambda a: net(x, a).sum(1), (angles,), (torch.ones_like(angles),))[1],
-    )
-    scaled = {name: 2 * p for name, p in net.named_parameters()}
-    other = copy.deepcopy(digits)
-    with torch.no_grad():
-        for p in other.parameters():
-            p *= 2
-    torch.testing.assert_close(torch.func.functional_call(net, scaled, (x, angles)), plain(other, x, angles))
 
 
 def test_tied_layers_share_one_map(digits: nn.Module) -> None:
