@@ -66,7 +66,10 @@ modulate_fwd = register(
         fake=_fake_fwd,
         cases={name: _case_fwd(*row) for name, row in _CASES.items()},
         bytes_moved=lambda weight, style, demodulate, eps, out_dtype: (
-            weight.nbytes + style.nbytes + style.shape[0] * weight.numel() * (out_dtype or weight.dtype).itemsize
+            weight.nbytes
+            + style.nbytes
+            + style.shape[0] * weight.numel() * (out_dtype or weight.dtype).itemsize
+            + style.shape[0] * weight.shape[0] * style.itemsize
         ),
     )
 )
