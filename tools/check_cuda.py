@@ -63,7 +63,6 @@ BUDGETS = (
     ),
     Budget("one_hot<double>", 256, 1, STATIC_SHARED, "eight of each, and the permutation of each"),
     Budget("tile_sums<double>", 256, 1, STATIC_SHARED, "the same, and the next gradient under way"),
-    Budget("filter_grads<double>", 96, 2, STATIC_SHARED, "two registers for a number"),
     Budget(
         "filter_grads",
         96,
@@ -71,6 +70,7 @@ BUDGETS = (
         STATIC_SHARED,
         "a thread has three columns of eight filters and of their gradients, and the next ones under way",
     ),
+    Budget("network*", 128, 3, STATIC_SHARED, "a thread has the weights of two hidden units, and the sums for them"),
     Budget("matrices*", 256, 2, STATIC_SHARED, "sin and cos of a large angle use a few words of stack", 40),
     Budget("gradients*", 32, 8, STATIC_SHARED, "the same; a warp has a condition", 40),
     Budget("*", 256, 2, STATIC_SHARED, "streams from memory: 512 threads must be there to hide its latency"),

@@ -11,17 +11,16 @@ template <int K>
 constexpr int kColumns = K == 9 ? 3 : K;  // of a thread: a warp has them for 32 filters side by side
 template <int K>
 constexpr int kGradThreads = 32 * (K / kColumns<K>);
-template <class C>
-constexpr int kGradDeep = sizeof(C) == 8 ? 4 : 8;  // and for so many one after the other
-template <class C>
-constexpr int kGradTile = 32 * kGradDeep<C>;
+constexpr int kGradDeep = 8;  // and for so many one after the other
+constexpr int kGradTile = 32 * kGradDeep;
 constexpr int kGradBlocks = 4;  // on a multiprocessor, by their registers
 
 // The numbers of a tile of filters in shared memory, a filter every K + 1 numbers where K is even: a warp reads the
 // same tap of 32 filters.
-template <class C, int K>
+template <int K>
 struct Staged {
-  static constexpr int kNumbers = kGradTile<C> * K, kOwn = kNumbers / kGradThreads<K>, kStride = K | 1;
+  using C = float;
+  static constexpr int kNumbers = kGradTile * K, kOwn = kNumbers / kGradThreads<K>, kStride = K | 1;
   C own[kOwn];  // of a thread, on their way
 
   __device__ void load(const Input& from, int64_t begin, int n) {
@@ -43,17 +42,18 @@ struct Staged {
 };
 
 // kWeight: dweight is wanted. parts [groups][batch][K][K], or null.
-template <class C, int K, bool kWeight>
-__global__ void __launch_bounds__(kGradThreads<K>, sizeof(C) == 8 ? 2 : kGradBlocks * 96 / kGradThreads<K>)
-    filter_grads(const Input grad, const Input weight, const C* a, const Output dweight, C* parts, const Sizes o,
-                 const Groups groups, int conditions) {
-  using S = Staged<C, K>;
-  constexpr int Q = kColumns<K>, R = kGradDeep<C>;
-  __shared__ C shared[kGradTile<C> * S::kStride];
+template <int K, bool kWeight>
+__global__ void __launch_bounds__(kGradThreads<K>, kGradBlocks * 96 / kGradThreads<K>)
+    filter_grads(const Input grad, const Input weight, const float* a, const Output dweight, float* parts,
+                 const Sizes o, const Groups groups, int conditions) {
+  using C = float;
+  using S = Staged<K>;
+  constexpr int Q = kColumns<K>, R = kGradDeep;
+  __shared__ C shared[kGradTile * S::kStride];
   const int slot = threadIdx.x % 32, q = threadIdx.x / 32 * Q, group = blockIdx.x;
   const int begin = static_cast<int>(blockIdx.y) * conditions, end = min(o.batch, begin + conditions);
   for (int64_t tile = groups.begin(group); tile < groups.end(group); tile++) {
-    const int64_t first = tile * kGradTile<C> * K;
+    const int64_t first = tile * kGradTile * K;
     const int n = static_cast<int>(min(o.bank() - first, static_cast<int64_t>(S::kNumbers)));
     S next;
     C w[R][Q], dw[R][Q] = {};
@@ -114,21 +114,18 @@ __global__ void __launch_bounds__(kGradThreads<K>, sizeof(C) == 8 ? 2 : kGradBlo
   }
 }
 
-template <class C>
-Groups grad_groups(const Sizes& o) {
-  return Groups::of(o.filters, kGradTile<C>, kMostGroups);
-}
+inline Groups grad_groups(const Sizes& o) { return Groups::of(o.filters, kGradTile, kMostGroups); }
 
-// `parts` of grad_groups<C>(o), or null where da is not wanted.
-template <int K, class C>
-void launch_filter_grads(const Input& grad, const Input& weight, const C* a, const Output& dweight, C* parts,
+// `parts` of grad_groups(o), or null where da is not wanted.
+template <int K>
+void launch_filter_grads(const Input& grad, const Input& weight, const float* a, const Output& dweight, float* parts,
                          const Sizes& o, cudaStream_t stream) {
-  const Groups groups = grad_groups<C>(o);
+  const Groups groups = grad_groups(o);
   int64_t splits = 1;  // conditions that blocks share: dweight needs all of them in one
   if (!dweight.data) splits = min(int64_t{o.batch}, max(int64_t{1}, kWantedBlocks / groups.count));
   const auto conditions = static_cast<int>(ceil_div<int64_t>(o.batch, splits));
   const dim3 grid(groups.count, ceil_div(o.batch, conditions));
-  const auto kernel = dweight.data ? filter_grads<C, K, true> : filter_grads<C, K, false>;
+  const auto kernel = dweight.data ? filter_grads<K, true> : filter_grads<K, false>;
   WX_LAUNCH(kernel, grid, kGradThreads<K>, stream, grad, weight, a, dweight, parts, o, groups, conditions);
 }
 

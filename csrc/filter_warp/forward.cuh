@@ -10,19 +10,17 @@ constexpr int kThreads = WX_FW_THREADS;
 constexpr int kDeepest = 16;  // filters that a thread has, one after the other, at the most
 template <int K>
 constexpr int kSide = kThreads / K;  // and side by side
-template <class C, int K>
-constexpr int kRowBytes = K * static_cast<int>(sizeof(C));
-// Conditions at a time: their rows are in registers.
-template <class C, int K>
-constexpr int kRowsHeld = kRowBytes<C, K> <= 16    ? 8
-                          : kRowBytes<C, K> <= 36  ? 4
-                          : kRowBytes<C, K> <= 108 ? 2
-                                                   : 1;
+template <int K>                     // conditions at a time
+constexpr int kRowsHeld = K <= 4    ? 8
+                          : K <= 9  ? 4
+                          : K <= 27 ? 2
+                                    : 1;
 
-template <class C, int K>
+template <int K>
 __global__ void __launch_bounds__(kSide<K>* K)
-    warp_filters(const Input weight, const C* a, const Output out, const Sizes o, int deep, int conditions) {
-  constexpr int N = kRowsHeld<C, K>, kStep = kSide<K> * K;
+    warp_filters(const Input weight, const float* a, const Output out, const Sizes o, int deep, int conditions) {
+  using C = float;
+  constexpr int N = kRowsHeld<K>, kStep = kSide<K> * K;
   __shared__ C taps[kStep * kDeepest];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kStep * deep;
   const int n = static_cast<int>(min(o.bank() - first, static_cast<int64_t>(kStep * deep)));
@@ -57,9 +55,9 @@ __global__ void __launch_bounds__(kSide<K>* K)
   });
 }
 
-template <int K, class C>
-void launch_warp_filters(const Input& weight, const C* a, const Output& out, const Sizes& o, cudaStream_t stream) {
-  constexpr int N = kRowsHeld<C, K>;
+template <int K>
+void launch_warp_filters(const Input& weight, const float* a, const Output& out, const Sizes& o, cudaStream_t stream) {
+  constexpr int N = kRowsHeld<K>;
   const int64_t rounds = ceil_div<int64_t>(o.batch, N), side = kSide<K>;
   // Deep tiles read the matrices less often; but the device must have enough blocks.
   const int64_t deep = min(int64_t{kDeepest}, max(int64_t{1}, o.filters * rounds / (side * kWantedBlocks)));
@@ -67,7 +65,7 @@ void launch_warp_filters(const Input& weight, const C* a, const Output& out, con
   const int64_t splits = min(min(rounds, max(int64_t{1}, kWantedBlocks / tiles)), int64_t{65535});
   const int64_t conditions = ceil_div(rounds, splits) * N;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div<int64_t>(o.batch, conditions)));
-  WX_LAUNCH((warp_filters<C, K>), grid, kSide<K> * K, stream, weight, a, out, o, static_cast<int>(deep),
+  WX_LAUNCH((warp_filters<K>), grid, kSide<K> * K, stream, weight, a, out, o, static_cast<int>(deep),
             static_cast<int>(conditions));
 }
 

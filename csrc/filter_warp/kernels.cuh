@@ -1,25 +1,30 @@
 // Filter warps on a GPU; reference.py has the maths. With G the size of all filters of all conditions, what moves:
 //
 //   forward    the weight (from the cache once for each split of the conditions), the matrices, 1 G written: one launch
-//   backward   1 G read, the weight read and written, and parts of the Gram matrices: K / 256 of G (float64: K / 128)
+//   backward   1 G read, the weight read and written, and parts of the Gram matrices: K / 256 of G
 //              written and read. Two launches; for many taps or banks three, and G is read twice: there the products
 //              take longer than memory
 #pragma once
+#include <type_traits>
+
 #include "backward.cuh"
 #include "forward.cuh"
 #include "products.cuh"
 
 namespace wx::gpu::fw {
 
-// f(K) where there is a kernel for one bank of so many taps; whether there is.
-template <int... Ks, class F>
+// f(K) where there is a kernel for one bank of so many taps, of float32 sums; whether there is.
+template <class C, int... Ks, class F>
 bool for_taps(const Sizes& o, const F& f) {
-  return o.banks == 1 && ((o.taps == Ks && (f(std::integral_constant<int, Ks>{}), true)) || ...);
+  if constexpr (std::is_same_v<C, float>)
+    return o.banks == 1 && ((o.taps == Ks && (f(std::integral_constant<int, Ks>{}), true)) || ...);
+  else
+    return false;
 }
 
 template <class C>
 void launch_forward(const Input& weight, const C* a, const Output& out, const Sizes& o, cudaStream_t stream) {
-  const bool done = for_taps<3, 4, 9, 25, 27, 49>(
+  const bool done = for_taps<C, 3, 4, 9, 25, 27, 49>(
       o, [&](auto k) { launch_warp_filters<decltype(k)::value>(weight, a, out, o, stream); });
   if (!done) launch_map_filters(weight, a, out, Map::forward(o), stream);
 }
@@ -28,7 +33,7 @@ void launch_forward(const Input& weight, const C* a, const Output& out, const Si
 template <class C>
 int count_parts(const Sizes& o) {
   int count = gram_groups(o).count;
-  for_taps<3, 4, 9>(o, [&](auto) { count = grad_groups<C>(o).count; });
+  for_taps<C, 3, 4, 9>(o, [&](auto) { count = grad_groups(o).count; });
   return count;
 }
 
@@ -36,7 +41,7 @@ int count_parts(const Sizes& o) {
 template <class C>
 void launch_backward(const Input& grad, const Input& weight, const C* a, const Output& dweight, C* parts, C* da,
                      const Sizes& o, cudaStream_t stream) {
-  const bool done = for_taps<3, 4, 9>(
+  const bool done = for_taps<C, 3, 4, 9>(
       o, [&](auto k) { launch_filter_grads<decltype(k)::value>(grad, weight, a, dweight, parts, o, stream); });
   if (!done && dweight.data) launch_map_filters(grad, a, dweight, Map::backward(o), stream);
   if (!done && parts) launch_gram_filters(grad, weight, parts, o, stream);

@@ -1,0 +1,76 @@
+// The network over each filter on a GPU; reference.py has the maths. Nothing of the size of the hidden layer is stored.
+//
+//   forward    the weight (once for each few conditions), the output written: one launch
+//   backward   G read once; the weight read and written; parts of the sums, for each of at most 528 groups of filters
+//              as many numbers as dv, dw1 and dw2 have: two launches; a third adds dweight up where there are more than
+//              64 hidden units (or unusual taps)
+//
+// With H units the arithmetic is 2 H K products for each number of K forward, 4 H K backward: from about 20 units on it
+// takes longer than memory.
+#pragma once
+#include <type_traits>
+
+#include "backward_any.cuh"
+
+namespace wx::gpu::mlp {
+
+// f(K) where there is a kernel for so many taps, of float32 sums; whether there is.
+template <class C, int... Ks, class F>
+bool for_taps(const Sizes& o, const F& f) {
+  if constexpr (std::is_same_v<C, float>)
+    return ((o.taps == Ks && (f(std::integral_constant<int, Ks>{}), true)) || ...);
+  else
+    return false;
+}
+
+template <class C>
+void launch_network(const Input& weight, const Layers<C>& net, const Output& out, const Sizes& o, cudaStream_t stream) {
+  const bool done = for_taps<C, 3, 4, 9, 25>(o, [&](auto k) {
+    constexpr int K = decltype(k)::value;
+    const int64_t blocks = ceil_div<int64_t>(o.filters, kThreads) * ceil_div(o.batch, kAtOnce<K>);
+    WX_LAUNCH(network<K>, static_cast<unsigned>(blocks), kThreads, stream, weight, net, out, o);
+  });
+  if (done) return;
+  const int64_t blocks = ceil_div<int64_t>(o.filters, 32) * o.batch * ceil_div(o.taps, kWarps * kTaps);
+  WX_LAUNCH(network_any<C>, static_cast<unsigned>(blocks), kThreads, stream, weight, net, out, o);
+}
+
+// How a backward is cut: by the sizes alone.
+struct Cut {
+  bool usual;  // the kernel of backward.cuh, which sums in float32
+  int chunks;  // of hidden units; each leaves a part of dweight
+  Groups groups;
+
+  template <class C>
+  __host__ static Cut of(const Sizes& o) {
+    const bool usual = for_taps<C, 3, 4, 9>(o, [](auto) {});
+    if (!usual) return {false, ceil_div(o.hidden, 32), Groups::of(o.filters, 1, kMostGroups / 2)};
+    return {true, o.hidden <= 32 ? 1 : ceil_div(o.hidden, 64), Groups::of(o.filters, kTile, kMostGroups)};
+  }
+  bool weight_in_parts() const { return !usual || chunks > 1; }
+};
+
+// dweight.data is null where it is not wanted; weight_parts [chunks][filters][taps] where it comes in parts.
+template <class C>
+void launch_network_grads(const Input& grad, const Input& weight, const Layers<C>& net, const Output& dweight,
+                          C* weight_parts, C* parts, const Targets<4>& sums, const Sizes& o, cudaStream_t stream) {
+  const Cut cut = Cut::of<C>(o);
+  constexpr Format kFormat = sizeof(C) == 8 ? Format::kDouble : Format::kFloat;
+  const Output to = weight_parts ? Output{weight_parts, kFormat} : dweight;
+  for_taps<C, 3, 4, 9>(o, [&](auto k) {
+    constexpr int K = decltype(k)::value;
+    const auto kernel = o.hidden <= 16   ? network_grads<K, 16, 1>
+                        : o.hidden <= 32 ? network_grads<K, 32, 1>
+                                         : network_grads<K, 32, 2>;
+    const dim3 grid(cut.groups.count, cut.chunks);
+    WX_LAUNCH(kernel, grid, kThreads, stream, grad, weight, net, to, parts, o, cut.groups);
+  });
+  if (!cut.usual) {
+    const dim3 grid(ceil_div(cut.groups.count, kWarps), cut.chunks, ceil_div(o.taps, kTaps));
+    WX_LAUNCH(network_grads_any<C>, grid, kThreads, stream, grad, weight, net, weight_parts, parts, o, cut.groups);
+  }
+  launch_add_parts(parts, cut.groups.count, sums, stream);
+  if (weight_parts) launch_add_parts(weight_parts, cut.chunks, dweight, o.bank(), stream);
+}
+
+}  // namespace wx::gpu::mlp
