@@ -36,6 +36,16 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def current_backward() -> int:
+    """A number for the backward pass that this is called from; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call this when the backward pass that this is called from is done."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def capturing_cuda_graph() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 

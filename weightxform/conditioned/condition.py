@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .._torch import capture_of, fake_or_proxy_mode, functorch_active
 from ..transform import describe
@@ -28,16 +30,28 @@ class Given:
         kept: what was computed at these conditions, for later calls at the same ones; ``None`` where a graph is wanted.
     """
 
-    __slots__ = "batch", "count", "index", "kept", "key", "values"
+    __slots__ = "_token", "batch", "count", "index", "kept", "key", "values"
 
     def __init__(
         self, values: dict[str, Tensor], count: int, index: Tensor | None, batch: int, key: tuple | None = None
     ) -> None:
         self.values, self.count, self.index, self.batch, self.key = values, count, index, batch, key
         self.kept: dict[int, Any] | None = None
+        self._token: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.values.values())
+        """What a weight at these conditions depends on, with one tensor that no other forward has: the caller's own may
+        come again, with other values that no version counter saw, or where a graph is wanted and was not before."""
+        if self._token is None:
+            self._token = torch.empty(0)
+        return *self.values.values(), self._token
+
+    def keep(self) -> None:
+        """From now on for later calls as well, whatever the caller writes into its tensors."""
+        if self.kept is None:
+            self.kept = {}
+            with torch.inference_mode(False):
+                self.values = {name: v.detach().clone() for name, v in self.values.items()}
 
     def needs_grad(self) -> bool:
         return any(v.requires_grad for v in self.values.values())
@@ -51,6 +65,14 @@ class Given:
         if self.count == 1 or self.index is not None:
             return self.index
         return torch.arange(self.count, device=next(iter(self.values.values())).device)
+
+
+def batch_of(input: Any) -> int | None:
+    """The first axis of a model's input, or of the first tensor in it."""
+    for x in (input,) if isinstance(input, Tensor) else tree_leaves(input):
+        if isinstance(x, Tensor):
+            return x.shape[0] if x.ndim else None
+    return None
 
 
 def given(
@@ -70,7 +92,7 @@ def given(
         TypeError, ValueError: naming the condition, what it must be and what it was.
     """
     look = look and not (torch.compiler.is_compiling() or functorch_active() or fake_or_proxy_mode())
-    look = look and capture_of(device.type) == 0
+    look = look and device.type != "meta" and capture_of(device.type) == 0
     named = _named(owner, condition, needs)
     if not named:
         return Given({}, 1, None, 1, ())
@@ -87,7 +109,7 @@ def given(
     if not many:
         return Given(rows, 1, None, 1, _key(seen) if look else None)
     assert batch is not None
-    return _distinct({n: v if v.shape[0] == batch else v.expand(batch, *v.shape[1:]) for n, v in rows.items()}, seen)
+    return _distinct(rows, seen, batch)
 
 
 def _named(owner: str, condition: object, needs: Needs) -> dict[str, Any]:
@@ -128,6 +150,8 @@ def _rows(
 ) -> Tensor:
     """``value`` as [1, *shape] or [B, *shape]."""
     if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):  # NumPy's
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{owner}: {name} must be a number or a Tensor, got {type(value).__name__}")
         if not torch.compiler.is_compiling() and not math.isfinite(value):
@@ -150,6 +174,8 @@ def _rows(
         fits = tuple(value.shape[1:]) == shape and value.ndim > len(shape) and value.shape[0] in (1, batch)
     if not fits:
         raise ValueError(f"{owner}: {name} must be {_expected(shape, batch)}, got {describe(value)}")
+    if value.shape[0] == 0:  # no samples, but a layer needs a weight
+        return torch.cat([value, value.new_zeros(1, *value.shape[1:])])
     return value
 
 
@@ -169,11 +195,12 @@ def _key(seen: Mapping[str, Tensor]) -> tuple:
     return tuple((name, v.dtype, tuple(v.shape), tuple(v.flatten().tolist())) for name, v in seen.items())
 
 
-def _distinct(rows: dict[str, Tensor], seen: Mapping[str, Tensor]) -> Given:
+def _distinct(given: Mapping[str, Tensor], seen: Mapping[str, Tensor], batch: int) -> Given:
     """Equal rows once; not where a gradient goes to each sample's own."""
-    batch = next(iter(rows.values())).shape[0]
-    if batch == 1 or all(v.stride(0) == 0 for v in rows.values()):
-        return Given({n: v[:1] for n, v in rows.items()}, 1, None, 1, _key({n: v[:1] for n, v in seen.items()}) or None)
+    if all(v.shape[0] == 1 or (v.stride(0) == 0 and not v.requires_grad) for v in given.values()):
+        key = _key({n: v[:1] for n, v in seen.items()}) or None
+        return Given({n: v[:1] for n, v in given.items()}, 1, None, 1, key)
+    rows = {n: v if v.shape[0] == batch else v.expand(batch, *v.shape[1:]) for n, v in given.items()}
     if not seen or any(v.requires_grad for v in rows.values()):
         return Given(rows, batch, None, batch)
     flat = [v.expand(batch, *v.shape[1:]).reshape(batch, -1).tolist() for v in seen.values()]

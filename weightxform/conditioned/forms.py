@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .condition import Given
 from .transform import FilterTransform, View
@@ -41,17 +42,26 @@ def looped(layer: Any, x: Tensor, weight: Tensor, given: Given, output_size: lis
     return each_in_turn(x, given, lambda k, part: plain(layer, part, weight[k], output_size))
 
 
-def each_in_turn(x: Tensor, given: Given, call: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``call(k, the samples of x at condition k)`` for all k, in the order of the samples."""
+def each_in_turn(x: Any, given: Given, call: Callable[[int, Any], Any]) -> Any:
+    """``call(k, the samples of x at condition k)`` for all k, in the order of the samples.
+
+    ``x`` is a tensor or a tree of anything, of which the tensors [B, ...] are cut; what ``call`` returns as well.
+    """
     rows = given.rows()
     assert rows is not None
-    if given.index is None:
-        return torch.cat([call(k, x[k : k + 1]) for k in range(given.count)])
-    order = torch.argsort(rows, stable=True)
-    sizes = torch.bincount(rows, minlength=given.count).tolist()
-    parts = x[order].split(sizes)
-    y = torch.cat([call(k, part) for k, part in enumerate(parts)])
-    return y[torch.argsort(order)]
+    order = None if given.index is None else torch.argsort(rows, stable=True)
+    sizes = [1] * given.count if order is None else torch.bincount(rows, minlength=given.count).tolist()
+    leaves, spec = tree_flatten(x)
+    cut = [
+        (t if order is None else t[order]).split(sizes)
+        if isinstance(t, Tensor) and t.shape[:1] == (given.batch,)
+        else [t] * given.count
+        for t in leaves
+    ]
+    outs = [tree_flatten(call(k, tree_unflatten([part[k] for part in cut], spec))) for k in range(given.count)]
+    joined = [torch.cat(parts) for parts in zip(*(out for out, _ in outs), strict=True)]
+    back = None if order is None else torch.argsort(order)
+    return tree_unflatten(joined if back is None else [y[back] for y in joined], outs[0][1])
 
 
 def plain(layer: Any, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -76,7 +86,7 @@ def grouped(layer: Any, x: Tensor, weight: Tensor, given: Given, output_size: li
     if isinstance(layer, nn.Linear):
         y = (x.flatten(1, -2) if x.ndim > 2 else x[:, None]) @ each.transpose(1, 2)
         y = y.reshape(*x.shape[:-1], each.shape[1])
-        return y if layer.bias is None else y + layer.bias
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
     batch, axes = x.shape[0], len(layer.kernel_size)
     flat = each.flatten(0, 1)
     if layer.transposed:
@@ -91,7 +101,7 @@ def grouped(layer: Any, x: Tensor, weight: Tensor, given: Given, output_size: li
             x.reshape(1, -1, *x.shape[2:]), flat, None, layer.stride, outside, layer.dilation, batch * layer.groups
         )
     y = y.reshape(batch, layer.out_channels, *y.shape[2:])
-    return y if layer.bias is None else y + layer.bias.reshape(-1, *[1] * axes)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype).reshape(-1, *[1] * axes)
 
 
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:

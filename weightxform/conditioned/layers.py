@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..swap import base_of, child_name, plain_of, set_slots, slots_of
@@ -29,27 +30,47 @@ class _Layer:
     """With one condition the layer's own forward; with several one of the forms of ``forms.py``."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        own = self._modules.get(_CHILD)
-        if isinstance(own, ConditionedWeight):  # else another transform was put on top
+        own = own_of(self)
+        if own is not None:
             given = own.given()
+            if not torch.compiler.is_compiling():
+                own.owner.check_checkpoint()
             if given.count > 1 and _is_torchs(type(self)):
                 return _several(self, own, given, input, *args, **kwargs)
             if given.count > 1:  # a forward of the user's, which knows of one weight
                 forms.check_batch(self, input, given)
                 forward = super().forward  # type: ignore[misc]
 
-                def call(k: int, part: Tensor) -> Tensor:
+                def call(k: int, part: Any) -> Any:
                     with own.owner.using(given.only(k)):
-                        return forward(part, *args, **kwargs)
+                        return forward(*part[0], **part[1])
 
-                return forms.each_in_turn(input, given, call)
+                return forms.each_in_turn(((input, *args), kwargs), given, call)
         return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+
+
+def own_of(layer: nn.Module) -> ConditionedWeight | None:
+    """How the weight of ``layer`` follows the condition, if it does."""
+    own = layer._modules.get(_CHILD) if "weight" in slots_of(layer) else None
+    if type(own) is nn.Sequential:
+        own = own[0]
+    return own if isinstance(own, ConditionedWeight) else None
+
+
+def refuse_more(layer: nn.Module, path: str) -> None:
+    """Raise where another transform was put on top: what comes of it would not be computed for each condition."""
+    if type(layer._modules.get(_CHILD)) is nn.Sequential:
+        raise RuntimeError(
+            f"Conditioned: another transform was put on {path}.weight, which follows a condition: make them one "
+            "(wx.Rotate() + ..., a @ b, or an nn.Module that does both), and give it to wx.Conditioned"
+        )
 
 
 def _is_torchs(cls: type) -> bool:
     """Whether the layer computes as torch's own class does."""
-    plain = plain_of(base_of(cls))
-    return plain.forward is next(c for c in TORCHS if issubclass(plain, c)).forward  # type: ignore[attr-defined]
+    plain: Any = plain_of(base_of(cls))
+    torchs: Any = next(c for c in TORCHS if issubclass(plain, c))
+    return all(getattr(plain, n, None) is getattr(torchs, n, None) for n in ("forward", "_conv_forward"))
 
 
 def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

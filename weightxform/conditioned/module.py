@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-from .._torch import functorch_active, in_backward
+from .._torch import after_backward, current_backward, in_backward, special_mode
 from ..checks import require_bool, require_choice, require_int
 from ..computed import install, new_slot, refuse
 from ..numerics import opmath
 from ..swap import slots_of
-from .condition import Given, Needs, given
+from .condition import Given, Needs, batch_of, given
 from .forms import FORMS
-from .layers import follow, leave
+from .layers import follow, leave, own_of, refuse_more
 from .select import Layer, choose, trace
 from .transform import FilterTransform, Warp
 from .weight import ConditionedWeight
@@ -118,7 +119,11 @@ class Conditioned(nn.Module):
         self._needs: Needs = transform.needs() if isinstance(transform, FilterTransform) else {None: None}
         self._given: Given | None = None
         self._kept: OrderedDict[tuple, Given] = OrderedDict()
-        self._thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._turn = threading.RLock()
+        self._inside = 0  # how many at() and forwards are open
+        self._returned: int | None = None  # the backward in which the condition of a forward was brought back
+        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._stilled: list[nn.Module] = []
         self._install(chosen, weights, maps)
         if freeze:
             names = {name for name, _ in self._base()}
@@ -126,7 +131,10 @@ class Conditioned(nn.Module):
                 if name in names:
                     p.requires_grad_(False)
             _frozen.add(self)
-        self.train(model.training)
+        self.training = model.training
+        if self.transform is not None:
+            self.transform.train(model.training)
+        self._still()
 
     def _install(self, chosen: Sequence[Layer], weights: Sequence[ConditionedWeight], maps: Sequence[Any]) -> None:
         slots: dict[int, tuple[Any, ConditionedWeight]] = {}
@@ -150,7 +158,7 @@ class Conditioned(nn.Module):
         return [(name, p) for name, p in self.model.named_parameters() if id(p) not in ours]
 
     def _weights(self) -> list[ConditionedWeight]:
-        return [m for m in self.model.modules() if isinstance(m, ConditionedWeight)]
+        return [m for m in self.model.modules() if isinstance(m, ConditionedWeight) and m.owner is self]
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained: the parameters of the transform, for an optimizer."""
@@ -163,11 +171,19 @@ class Conditioned(nn.Module):
 
     def train(self, mode: bool = True) -> Conditioned:
         super().train(mode)
-        if mode and self.frozen:
-            for module in self.model.modules():
-                if isinstance(module, _NormBase):
-                    module.training = False
+        self._still()
         return self
+
+    def _still(self) -> None:
+        """The batch normalization of a frozen model (not that of a transform) goes to eval mode."""
+        ours = {m for weight in self._weights() for m in weight.modules()}
+        norms = [m for m in self.model.modules() if isinstance(m, _NormBase) and m not in ours]
+        self.__dict__["_stilled"] = [m for m in norms if m.training] if self.frozen else []
+        for module in self._stilled:
+            module.training = False
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError("Conditioned: not under nn.DataParallel; use DistributedDataParallel")
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} layers, frozen={self.frozen}, form={self.form!r}"
@@ -175,13 +191,59 @@ class Conditioned(nn.Module):
     # computing
 
     def forward(self, input: Any, condition: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """``model(input, *args, **kwargs)`` at ``condition``; the first axis of ``input`` is that of the batch."""
-        batch = input.shape[0] if isinstance(input, Tensor) and input.ndim else None
-        here = self._given = self._find(condition, batch)
-        output = self.model(input, *args, **kwargs)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or functorch_active():
+        """``model(input, *args, **kwargs)`` at ``condition``.
+
+        The first axis of ``input``, or of the first tensor in it (a tuple, list or dict), is that of the batch. Calls
+        from several threads take turns.
+        """
+        if torch.compiler.is_compiling():
+            before, self._given = self._given, self._find(condition, batch_of(input))
+            output = self.model(input, *args, **kwargs)
+            if torch.compiler.is_exporting():
+                self._given = before
             return output
-        return _returning_to(self, here, output)
+        with self._turn:
+            here = self._find(condition, batch_of(input))
+            before, self._given = self._given, here
+            self._inside += 1
+            try:
+                output = self.model(input, *args, **kwargs)
+            finally:
+                self._inside -= 1
+                if self._inside or in_backward():
+                    self._given = before
+        if torch.is_grad_enabled() and not special_mode():
+            self._return_in_backward(here, output)
+        return output
+
+    def _return_in_backward(self, here: Given, output: Any) -> None:
+        """Let the backward of ``output`` begin with its condition brought back, for checkpoints inside the model."""
+
+        def back(grads: Any) -> None:
+            task = current_backward()
+            if self._returned != task:  # once a backward
+                before = self._given, self._returned
+                after_backward(lambda: self._after_backward(*before))
+                self._returned = task
+            self._given = here
+
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor) and x.requires_grad:
+                for tensor in (x, x._base):  # a write into a view takes its node out of the graph
+                    if tensor is not None and tensor.grad_fn is not None:
+                        tensor.grad_fn.register_prehook(back)
+
+    def _after_backward(self, given: Given | None, returned: int | None) -> None:
+        self._given, self._returned = given, returned
+
+    def check_checkpoint(self) -> None:
+        """Raise where a checkpoint inside the model computes again, and nothing says at which condition."""
+        if in_backward() and self._returned is None and not self._inside:
+            raise RuntimeError(
+                "Conditioned: an activation checkpoint computes a layer again, and its condition is not known: this "
+                "backward did not come through tensors that net(...) returned (itself, or in tuples, lists and dicts); "
+                "call forward and backward inside `with net.at(condition):`"
+            )
 
     @contextmanager
     def at(self, condition: Any, batch: int | None = None) -> Iterator[Conditioned]:
@@ -190,7 +252,11 @@ class Conditioned(nn.Module):
         ``batch``: for a condition for each sample, how many there are.
         """
         with self.using(self._find(condition, batch)):
-            yield self
+            self._inside += 1
+            try:
+                yield self
+            finally:
+                self._inside -= 1
 
     @contextmanager
     def using(self, here: Given) -> Iterator[None]:
@@ -201,25 +267,35 @@ class Conditioned(nn.Module):
             self._given = before
 
     def _find(self, condition: Any, batch: int | None) -> Given:
-        first = next(iter(self.model.parameters()))
-        found = given("Conditioned", condition, self._needs, batch, first.device, opmath(first.dtype), self.deduplicate)
-        if torch.compiler.is_compiling() or found.key is None or self._wants_graph(found):
+        for path, layer in zip(self.names, self._layers, strict=True):
+            refuse_more(layer, path)
+        raws: list[Any] = [layer._parameters["weight"] for layer in self._layers]
+        first, wide = raws[0], any(w.dtype is torch.float64 for w in raws)
+        dtype = torch.float64 if wide else opmath(first.dtype)
+        found = given("Conditioned", condition, self._needs, batch, first.device, dtype, self.deduplicate)
+        if torch.compiler.is_compiling() or found.key is None or not self._keeps(found):
             return found
-        key = found.key, first.device, first.dtype
+        key = found.key, first.device, dtype
         known = self._kept.pop(key, found)
-        if known.kept is None:
-            known.kept = {}
+        known.keep()
         self._kept[key] = known
         while len(self._kept) > max(self.cache_size, 1):
             self._kept.popitem(last=False)
         return known
 
-    def _wants_graph(self, found: Given) -> bool:
-        if in_backward() or functorch_active():
-            return True
-        if not torch.is_grad_enabled():
+    def _keeps(self, found: Given) -> bool:
+        """Whether what is computed may serve later calls: without a graph, and where nothing is random."""
+        if in_backward() or special_mode() or (self.transform is not None and self.transform.training):
             return False
-        return found.needs_grad() or any(t.requires_grad for layer in self._layers for t in _tensors_of(layer))
+        if any(slots_of(layer)["weight"].managed for layer in self._layers):  # FSDP2 writes unseen
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        return not found.needs_grad() and not any(t.requires_grad for layer in self._layers for t in _tensors_of(layer))
+
+    def _follows(self, module: nn.Module) -> bool:
+        own = own_of(module)
+        return own is not None and own.owner is self
 
     # what a user does with it
 
@@ -231,7 +307,7 @@ class Conditioned(nn.Module):
                 values = [
                     m.weight.detach().clone()  # type: ignore[operator]
                     for m in self.model.modules()
-                    if _own(m) is not None
+                    if self._follows(m)
                 ]
             plain = copy.deepcopy(self)._leave()
         layers = [m for m in plain.modules() if "_wx_was" in m.__dict__]
@@ -242,7 +318,10 @@ class Conditioned(nn.Module):
         return plain
 
     def unwrap(self) -> nn.Module:
-        """The model as it was before, in place; its parameters require gradients as they did."""
+        """The model as it was before, in place; its parameters require gradients as they did.
+
+        Those that were added since stay as they are.
+        """
         model = self._leave()
         for m in model.modules():
             m.__dict__.pop("_wx_was", None)
@@ -250,12 +329,13 @@ class Conditioned(nn.Module):
 
     def _leave(self) -> nn.Module:
         for module in list(self.model.modules()):
-            if _own(module) is not None:
+            if self._follows(module):
                 leave(module)
                 module.__dict__["_wx_was"] = True
-        thawed = set(self._thawed)
         for name, p in self.model.named_parameters():
-            p.requires_grad_(name in thawed)
+            p.requires_grad_(self._required.get(name, p.requires_grad))
+        for module in self._stilled:
+            module.training = True
         _frozen.discard(self)
         self._given = None
         self._kept.clear()
@@ -264,22 +344,20 @@ class Conditioned(nn.Module):
     # copies
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_given": None, "_kept": OrderedDict()}
+        state = {**self.__dict__, "_given": None, "_kept": OrderedDict(), "_inside": 0, "_returned": None}
+        del state["_turn"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._turn = threading.RLock()
         if self.frozen:
             _frozen.add(self)
 
 
-def _own(module: nn.Module) -> ConditionedWeight | None:
-    own = module._modules.get("weight_transform") if "weight" in slots_of(module) else None
-    return own if isinstance(own, ConditionedWeight) else None
-
-
 def _tensors_of(layer: nn.Module) -> Iterator[Tensor]:
     """What its weight is computed from, besides the condition."""
-    own = _own(layer)
+    own = own_of(layer)
     if own is not None:
         yield from own.tensors()
     yield layer._parameters["weight"]  # type: ignore[misc]
@@ -288,29 +366,6 @@ def _tensors_of(layer: nn.Module) -> Iterator[Tensor]:
 def _only_warps(transform: nn.Module) -> bool:
     parts = getattr(transform, "parts", None)
     return isinstance(transform, Warp) if parts is None else all(map(_only_warps, parts))
-
-
-class _Return(torch.autograd.Function):
-    """Nothing, but its backward comes first in that of a forward: it brings back the condition of this forward, for
-    what an activation checkpoint computes again."""
-
-    @staticmethod
-    def forward(ctx: Any, net: Conditioned, here: Given, output: Tensor) -> Tensor:
-        ctx.net, ctx.here = net, here
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        ctx.net._given = ctx.here
-        return None, None, grad
-
-
-def _returning_to(net: Conditioned, here: Given, output: Any) -> Any:
-    leaves, spec = tree_flatten(output)
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
-        return output
-    leaves = [_Return.apply(net, here, x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
-    return tree_unflatten(leaves, spec)
 
 
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..swap import slots_of
 from ..transform import describe, require_float
@@ -16,11 +18,19 @@ from ..transform import describe, require_float
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_RESHAPES = {
-    f
-    for owner in (torch, torch.Tensor)
-    for f in (getattr(owner, n, None) for n in ("flatten", "reshape", "view", "squeeze"))
-}
+# Names of functions, without underscores. What is not here may put the numbers in another order.
+_RESHAPES = {"flatten", "reshape", "view", "squeeze", "unflatten"}
+_NAMES = """
+    relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign hardtanh hardswish hardsigmoid
+    sigmoid logsigmoid tanh tanhshrink softshrink hardshrink threshold clamp clip clamp_min clamp_max
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+    batch_norm layer_norm group_norm instance_norm local_response_norm rms_norm normalize
+    add sub mul div truediv true_divide divide multiply subtract radd rsub rmul iadd isub imul itruediv neg abs square
+    sqrt rsqrt exp log log1p pow maximum minimum
+    to type float double half bfloat16 cpu cuda contiguous clone detach requires_grad
+    interpolate upsample pad pixel_shuffle pixel_unshuffle channel_shuffle
+"""  # and pooling
+_IN_PLACE = set(_NAMES.split())
 
 
 class Layer(NamedTuple):
@@ -93,6 +103,8 @@ def _named(
 ) -> list[Layer]:
     if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(p, str) for p in layers):
         raise TypeError(f"{owner}: layers must be a list of patterns, got {layers!r}")
+    if not layers:
+        raise ValueError(f"{owner}: layers must have a pattern at least, got {layers!r}")
     chosen: dict[str, Layer] = {}
     for pattern in layers:
         matched = {path: m for path, m in modules.items() if path and fnmatchcase(path, pattern)}
@@ -141,34 +153,60 @@ def _checked(
 
 
 class _Flattenings(TorchFunctionMode):
-    """Notes of every tensor [B, n] whether it is a flattened map [B, channels, *kernel]."""
+    """Notes which tensors are maps [B, channels, *kernel], and which are flattened ones [B, n]."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Iterable[object]) -> None:
         super().__init__()
-        self.maps: dict[int, tuple[Tensor, tuple[int, ...]]] = {}  # id -> (the tensor, which keeps the id its own, ...)
+        # id -> (the tensor, its shape as a map without B)
+        self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...]]] = {}
+        for x in inputs:
+            self.note(x, tuple(x.shape[1:]) if isinstance(x, Tensor) and x.ndim > 2 else None)
+
+    def note(self, tensor: object, shape: tuple[int, ...] | None) -> None:
+        self.known.pop(id(tensor), None)
+        if isinstance(tensor, Tensor) and shape is not None:
+            self.known[id(tensor)] = weakref.ref(tensor), shape
 
     def shape_of(self, tensor: object) -> tuple[int, ...] | None:
-        found = self.maps.get(id(tensor))
-        return None if found is None else found[1]
+        found = self.known.get(id(tensor))
+        return None if found is None or found[0]() is not tensor else found[1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        if name in ("get", "set"):  # an attribute
+            return func(*args, **(kwargs or {}))
+        sources = [(a, self.shape_of(a)) for a in tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
         out = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        if not (isinstance(out, Tensor) and isinstance(source, Tensor)):
-            return out
-        known = self.shape_of(source)
-        if func in _RESHAPES and source.ndim > 2 and out.ndim == 2 and source.shape[0] == out.shape[0]:
-            self.maps[id(out)] = out, tuple(source.shape[1:])
-        elif known is not None and out.shape == source.shape:  # dropout, an activation
-            self.maps[id(out)] = out, known
+        if isinstance(out, Tensor):
+            self.note(out, self._shape(name, out, sources, args, kwargs or {}))
         return out
+
+    def _shape(self, name: str, out: Tensor, sources: list[Any], args: Any, kwargs: Any) -> tuple[int, ...] | None:
+        if name.startswith("conv"):
+            return tuple(out.shape[1:])
+        if name in ("cat", "concat", "concatenate"):
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            maps = axis == 1 and out.ndim > 2 and all(shape == tuple(x.shape[1:]) for x, shape in sources)
+            return tuple(out.shape[1:]) if maps else None
+        for x, shape in sources:
+            if shape is None or out.shape[:1] != x.shape[:1]:
+                continue
+            if name in _RESHAPES and (out.ndim == 2 or tuple(out.shape[1:]) == shape):
+                return shape
+            if (name in _IN_PLACE or "_pool" in name) and out.ndim == x.ndim:
+                if x.ndim > 2:
+                    return tuple(out.shape[1:])
+                if out.shape == x.shape:
+                    return shape
+        return None
 
 
 def trace(owner: str, model: nn.Module, sample: object) -> dict[str, tuple[int, ...]]:
     """The Linear layers whose input is a flattened map in ``model(sample)``: name -> [channels, *kernel].
 
     Run in eval mode and without gradients; nothing of the model changes. A map of one element (after global pooling)
-    has no kernel. ``sample``: the model's input, or a tuple or a mapping of its arguments.
+    has no kernel; one that was permuted, mixed or joined with other features is not taken, nor a layer that reads
+    several kinds. ``sample``: the model's input, or a tuple or a mapping of its arguments.
     """
     args, kwargs = (sample, {}) if isinstance(sample, tuple) else ((), sample) if isinstance(sample, Mapping) else (
         (sample,), {},
@@ -178,23 +216,21 @@ def trace(owner: str, model: nn.Module, sample: object) -> dict[str, tuple[int, 
     for name, a in kwargs.items() if kwargs else enumerate(args):
         if isinstance(a, Tensor) and a.ndim == 0:
             raise ValueError(f"{owner}: sample must have a batch axis, got {describe(a)} as {name!r}")
-    found: dict[str, tuple[int, ...]] = {}
+    seen: dict[str, set[tuple[int, ...] | None]] = {}
     modes = {m: m.training for m in model.modules()}
-    mode = _Flattenings()
+    mode = _Flattenings(tree_leaves((args, dict(kwargs))))
     hooks = []
 
     def look(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            shape = mode.shape_of(inputs[0]) if inputs else None
-            if shape is not None and torch.Size(shape[1:]).numel() > 1:
-                found[path] = shape
+        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
+            seen.setdefault(path, set()).add(mode.shape_of(inputs[0] if inputs else named.get("input")))
 
         return hook
 
     try:
         for path, m in model.named_modules():
             if isinstance(m, nn.Linear):
-                hooks.append(m.register_forward_pre_hook(look(path)))
+                hooks.append(m.register_forward_pre_hook(look(path), with_kwargs=True))
         model.eval()
         with torch.no_grad(), mode:
             model(*args, **kwargs)
@@ -203,4 +239,5 @@ def trace(owner: str, model: nn.Module, sample: object) -> dict[str, tuple[int, 
             hook.remove()
         for m, training in modes.items():
             m.training = training
-    return found
+    found = {path: shapes.pop() for path, shapes in seen.items() if len(shapes) == 1}
+    return {path: shape for path, shape in found.items() if shape is not None and torch.Size(shape[1:]).numel() > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -65,18 +66,16 @@ class ConditionedWeight(Transform):
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
         given, dtype = self.given(), autocast_dtype(raw.device.type)
-        if given.kept is None:
+        if given.kept is None or torch.compiler.is_compiling():
             return self._compute(raw, given, dtype)
-        depends = versions.stamp(raw), tuple(map(versions.stamp, self.tensors())), dtype, self._grounds()
+        tensors = raw, *self.tensors()
         found = given.kept.get(id(self))
-        if found is None or found[0] is not raw or found[1] != depends:
-            with torch.no_grad():
-                found = given.kept[id(self)] = raw, depends, self._compute(raw, given, dtype)
-        return found[2]
-
-    def _grounds(self) -> tuple:
-        """Where the tensors lie: ``p.data = x`` moves no version."""
-        return tuple(t.data_ptr() for t in self.tensors())
+        if found is None or not found.is_of(tensors, dtype):
+            facts = _facts(tensors)  # before: a write by the transform itself would show
+            held = [t.detach() for t in tensors]  # not themselves: swap_tensors wants no references
+            with torch.inference_mode(False), torch.no_grad():  # it may serve where x takes a gradient
+                found = given.kept[id(self)] = _Kept(self._compute(raw, given, dtype), held, facts, dtype)
+        return found.weight
 
     def _compute(self, raw: Tensor, given: Given, dtype: torch.dtype | None) -> Tensor:
         transform, weight = self.transform(), self.seen(raw)
@@ -113,9 +112,27 @@ class ConditionedWeight(Transform):
         return "" if self.shape is None else f"seen as {['O', *self.shape]}".replace("'", "")
 
 
+def _facts(tensors: Sequence[Tensor]) -> list[tuple]:
+    """Writes, and places: ``p.data = x`` moves no version."""
+    return [(versions.stamp(t), t.data_ptr()) for t in tensors]
+
+
+class _Kept:
+    """A weight, and what it was computed from, held: so no other tensor can come to lie there."""
+
+    __slots__ = "dtype", "facts", "held", "weight"
+
+    def __init__(self, weight: Tensor, held: list[Tensor], facts: list[tuple], dtype: torch.dtype | None) -> None:
+        self.weight, self.held, self.facts, self.dtype = weight, held, facts, dtype
+
+    def is_of(self, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+        return dtype is self.dtype and _facts(tensors) == self.facts
+
+
 def _by_any(transform: nn.Module, weight: Tensor, given: Given) -> Tensor:
     """A user's module, called for one condition after the other."""
     outs = []
+    before = None if torch.compiler.is_compiling() else versions.stamp(weight)
     for k in range(given.count):
         conditions = {name: v[k] for name, v in given.values.items()}
         alone = next(iter(conditions.values())) if list(conditions) == ["condition"] else conditions
@@ -126,4 +143,9 @@ def _by_any(transform: nn.Module, weight: Tensor, given: Given) -> Tensor:
                 f"Conditioned: {type(transform).__name__} must return a weight of shape {list(weight.shape)}, got {got}"
             )
         outs.append(out)
+    if before is not None and versions.stamp(weight) != before:
+        raise RuntimeError(
+            f"Conditioned: {type(transform).__name__} wrote into the weight that it was given, which is the model's "
+            "own; return a new one (weight * a, not weight.mul_(a))"
+        )
     return torch.stack(outs)
