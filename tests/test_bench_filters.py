@@ -16,8 +16,8 @@ from weightxform.__main__ import main
 from weightxform.bench import case as cases
 from weightxform.bench import footprint
 from weightxform.bench.rooms import filters
-from weightxform.bench.rooms.filters import plain, targets, truth
-from weightxform.bench.rooms.filters.problem import KINDS, FilterProblem, case
+from weightxform.bench.rooms.filters import model, plain, targets, truth
+from weightxform.bench.rooms.filters.problem import KINDS, FilterCase, FilterProblem, case
 from weightxform.bench.rooms.filters.variants import ARC, GRID, NAMED, OURS, build
 from weightxform.registry import OPS
 
@@ -33,7 +33,7 @@ def problem_of(kind: str, frozen: bool = False, k: int = 3) -> FilterProblem:
     return FilterProblem(case(kind, 7, 5, k, 3, *OF_KIND.get(kind, WARP), frozen=frozen), CPU)
 
 
-def judged(problem: FilterProblem, variant: cases.Variant) -> cases.Answer:
+def judged(problem: truth.Answering, variant: cases.Variant) -> cases.Answer:
     variant.start()
     return truth.Twice(problem).check(variant, problem.douts)
 
@@ -56,11 +56,27 @@ def test_every_variant_is_right(kind: str, frozen: bool) -> None:
         assert all(raw.grad is None for raw in variant.raws)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_variant_of_a_model_is_right(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "BATCH", 7)
+    monkeypatch.setattr(model, "SIDE", 8)
+    problem = filters.problem_of(model.case(count), CPU)
+    variants = [v for v in filters.variants(problem) if v.role != "compiled"]
+    assert len(variants) == (2 if count == 1 else 5)
+    for variant in variants:
+        answer = judged(problem, variant)
+        assert answer.passed, (variant.name, answer)
+        assert [raw.shape for raw in variant.raws] == [(3, 81)] * 7
+    banks = 4 * 9 * (3 * 32 + 2 * 32 * 32 + 32 * 64 + 64 * 64 + 64 * 128 + 128 * 128)
+    assert filters.floor(problem) == ((1 + count) * banks, (1 + count) * banks)
+
+
 def test_every_kind_is_benchmarked() -> None:
-    assert {c.kind for c in filters.CASES} == set(KINDS) == set(OURS)
+    of_weights = [c for c in filters.CASES if isinstance(c, FilterCase)]
+    assert {c.kind for c in of_weights} == set(KINDS) == set(OURS)
     assert any(c.quick for c in filters.CASES)
     assert {targets.ROTATE, targets.BORDER, targets.DEMODULATE, targets.FILTER_MLP} <= {c.name for c in filters.CASES}
-    for chosen in filters.CASES:
+    for chosen in of_weights:
         for name in chosen.plain:
             assert chosen.kind in NAMED[name.removesuffix(" compiled")][1]
 

@@ -39,11 +39,11 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     from matplotlib import image
 
     def few(settings: object) -> dict[str, filters_table.Plan]:
-        plan = filters_table.Plan([0], 60, 0.005, 40, filters.ALL)
+        plan = filters_table.Plan([0], 60, 0.005, 40, filters.ALL, 100.0)
         return {FLAT.name: plan, POOLED.name: filters_table.Plan([0, 1], 4, 0.005, 10, ("residual",))}
 
     monkeypatch.setattr(filters, "plans", few)
-    monkeypatch.setattr(filters_table, "LIMITS", {"turned": -100.0, "learned": 100.0, "alike": 20.0, "head": -100.0})
+    monkeypatch.setattr(filters_table, "LIMITS", {"turned": -100.0, "alike": 20.0, "head": -100.0})
     monkeypatch.setattr(filters_angle, "GAIN", -100.0)
     monkeypatch.setattr(filters_steps, "STEPS", 2)
     assert main(["demo", "--pillar", "filters", "--output", str(tmp_path)]) == 0
@@ -153,7 +153,7 @@ def test_the_gradient_is_lost_where_data_is_written() -> None:
 
 
 def result(head: Head, plain: float = 90.0, **scores: float) -> filters_table.Result:
-    plan = filters_table.Plan([0, 1], 1, 1, 1, ("residual",))
+    plan = filters_table.Plan([0, 1], 1, 1, 1, ("residual",), 6.0)
     found = filters_table.Result(head, plan, {name: [[s, s], [s + 2, s]] for name, s in scores.items()})
     found.plain["residual"] = [[plain, plain], [plain + 2, plain]]
     found.ms["residual"] = [(2.0, 3.0), (2.0, 3.0)]

@@ -25,12 +25,12 @@ def plans(settings: Settings) -> dict[str, table.Plan]:
     """By head. ``settings.steps``: those of the upright training; the others have their part of them."""
     upright = settings.steps or (250 if settings.quick else 1200)
     seeds = [settings.seed + k for k in range(1 if settings.quick else 3)]
-    part, test = (0.08, 200) if settings.quick else (1.0, 1000)
+    part, test, below = (0.08, 200, 20.0) if settings.quick else (1.0, 1000, 4.0)
     if settings.steps is not None:
         part = settings.steps / 1200
     return {
-        FLAT.name: table.Plan(seeds, upright, part, test, ALL),
-        POOLED.name: table.Plan(seeds, upright, part, test, (LEARNED,) if settings.quick else ALL),
+        FLAT.name: table.Plan(seeds, upright, part, test, ALL, below),
+        POOLED.name: table.Plan(seeds, upright, part, test, (LEARNED,) if settings.quick else ALL, below),
     }
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from ...case import Room
-from .problem import FilterProblem, case, floor
+from collections.abc import Iterator
+
+import torch
+
+from ...case import Room, Variant
+from . import model, problem
+from . import variants as single
+from .model import ModelCase, ModelProblem
+from .problem import FilterCase, FilterProblem, case
 from .targets import verdicts
 from .truth import Twice
-from .variants import variants
 
 GRID = "grid_sample", "grid_sample compiled"
 WARP = (*GRID, "matmul", "matmul compiled")
@@ -46,7 +52,22 @@ CASES = (
     case("filter_mlp", 64, 64, 5, 8, *MLP),
     case("filter_mlp", 64, 64, 3, 8, "mlp", quick=True),
     case("experts", 256, 256, 3, 32, "mix", "mix compiled"),
+    model.case(1),
+    model.case(8),
+    model.case(model.BATCH),
 )
+
+
+def problem_of(chosen: FilterCase | ModelCase, device: torch.device) -> FilterProblem | ModelProblem:
+    return ModelProblem(chosen, device) if isinstance(chosen, ModelCase) else FilterProblem(chosen, device)
+
+
+def variants(of: FilterProblem | ModelProblem) -> Iterator[Variant]:
+    return model.variants(of) if isinstance(of, ModelProblem) else single.variants(of)
+
+
+def floor(of: FilterProblem | ModelProblem) -> tuple[int, int]:
+    return model.floor(of) if isinstance(of, ModelProblem) else problem.floor(of)
 
 
 ROOM = Room(
@@ -63,7 +84,7 @@ ROOM = Room(
     judge=Twice,
     floor=floor,
     verdicts=verdicts,
-    problem=FilterProblem,
+    problem=problem_of,
     times_reference=False,
     memory=lambda chosen: chosen.memory,
     tuned=False,
