@@ -285,7 +285,8 @@ def compiled(build: Build) -> tuple[int, int, int]:
     options: dict[str, Any] = {"num_warps": warps}
     if "subspace" in kernel.fn.__module__:
         options["enable_fp_fusion"] = False
-    if kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries", "filter_mlp.triton_kernels")):
+    forward = kernel in (filter_mlp.forward, filter_warp.apply)
+    if forward or kernel.fn.__module__.endswith(("one_hot", "hadamard", "entries")):
         options |= common_launch.REGISTERS
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

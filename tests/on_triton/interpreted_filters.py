@@ -1,6 +1,6 @@
 """Triton kernels of warps, modulation and networks over filters in its interpreter. ``test_triton.py`` runs this file.
 
-Every case of every op in float32, and some in the other dtypes; the few that take seconds are marked ``long``.
+Every case of every op in float32, and some in the other dtypes; those that take seconds, and float16, are ``long``.
 
     TRITON_INTERPRET=1 pytest tests/on_triton/interpreted_filters.py
 """
@@ -33,7 +33,7 @@ LONG = ("large", "many", "wide", "residual")
 
 
 def _param(op, case, dtype):
-    marks = [pytest.mark.long] if case in LONG else []
+    marks = [pytest.mark.long] if case in LONG or dtype == torch.float16 else []
     return pytest.param(op, case, dtype, id=f"{op.name}-{case}-{dtype}", marks=marks)
 
 

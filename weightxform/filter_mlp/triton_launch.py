@@ -29,7 +29,9 @@ def forward_block(batch: int, taps: int, compute: torch.dtype) -> dict[str, int]
 
 def backward_block(taps: int, compute: torch.dtype) -> dict[str, int]:
     """Filters, hidden units and taps of a block: what registers allow."""
-    return {"F": 32 if taps <= 16 and compute != torch.float64 else 16, "J": 32, "P": 16, "num_warps": 8}
+    if taps > 16:
+        return {"F": 16, "J": 16, "P": 16, "num_warps": 8 if compute == torch.float64 else 4}
+    return {"F": 16 if compute == torch.float64 else 32, "J": 32, "P": 16, "num_warps": 8}
 
 
 def _kernels(device: torch.device) -> Any:
@@ -91,7 +93,7 @@ def backward(
         kernels.backward[(parts * units * groups,)](
             grad.contiguous(), weight.contiguous(), v.contiguous(), w1.contiguous(), w2.contiguous(), dweights, dvs,
             dlayers, filters, each, batch, hidden, C=C, K=taps, ACTIVATION=activation, RESIDUAL=residual,
-            NEED_WEIGHT=need_weight, **block, **REGISTERS,
+            NEED_WEIGHT=need_weight, **block,
         )  # fmt: skip
         columns = kernels.COLUMNS.value
         kernels.finish_layers[(ceil(dlayers.shape[1], columns),)](

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register_triton
-from ..triton_common.launch import check, check_dtypes, check_gradient
+from ..triton_common.launch import REGISTERS, check, check_dtypes, check_gradient
 from ..triton_common.sums import add_rows
 from ..triton_common.tables import ceil, module, on, type_of
 from . import op
@@ -52,7 +52,7 @@ def _apply(source: Tensor, a: Tensor, out: Tensor, adjoint: bool) -> None:
     with on(out.device):
         kernels.apply[(ceil(filters, block["F"]) * ceil(size, block["N"]),)](
             source.contiguous(), a.contiguous(), out, filters, batch, banks, TO=type_of(out.dtype),
-            C=type_of(a.dtype), K=taps, ADJOINT=adjoint, **block,
+            C=type_of(a.dtype), K=taps, ADJOINT=adjoint, **block, **REGISTERS,
         )  # fmt: skip
 
 
