@@ -1,9 +1,9 @@
 // Filter warps on the CPU; reference.py has the maths.
 //
-// A few tiles of filters at a time are brought into cache, tap by tap, and meet every condition there: the weight is
-// read once, and so is each gradient, which gives its part of both results. With the taps of all banks one after
-// another ("sources") the sum over banks is a sum over taps. A matrix of a bank, packed, is 9 x 9 numbers: it stays in
-// L1. Gram matrices are summed lane by lane over a block of tiles, then over lanes, then over blocks.
+// A run of tiles is brought into L2, tap by tap, and meets every condition there, a chunk of it at a time in L1: the
+// weight is read once, and so is each gradient, which gives its part of both results. With the taps of all banks one
+// after another ("sources") the sum over banks is a sum over taps. Gram matrices are summed lane by lane over a run,
+// then over lanes, over the runs of a block, and over blocks; all are cut by the shape alone.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -122,10 +122,10 @@ void backward_block(const Shape& of, const D* grad, const T* weight, const Maps<
       for (int64_t t = 0; t < tiles; t += of.chunk) {
         const int64_t first = start + t, count = std::min(of.chunk, tiles - t);
         const D* from = grad + (b * of.filters + first * kFilters) * of.taps;
-        // what is read next: the next tiles, or the next condition's
         const D* next = t + of.chunk < tiles ? from + count * kFilters * of.taps
-                                             : grad + ((b + 1) * of.filters + start * kFilters) * of.taps;
-        const Ahead ahead{b + 1 < of.batch ? reinterpret_cast<const char*>(next) : nullptr, sizeof(D)};
+                        : b + 1 < of.batch   ? grad + ((b + 1) * of.filters + start * kFilters) * of.taps
+                                             : nullptr;
+        const Ahead ahead{reinterpret_cast<const char*>(next), sizeof(D)};
         run.read(from, of.filters_in(first, count), g.data(), of.taps * kFilters);
         if (!gram && ahead.at) ahead.ask(0, count * kFilters * of.taps, ahead.item);
         if (dweight) adjoints.template apply<true>(b, g.data(), count, dw.data() + t * tile);
