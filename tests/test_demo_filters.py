@@ -188,8 +188,9 @@ def test_table() -> None:
 # no angle given
 
 
-def test_angles_are_learned() -> None:
+def test_angles_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a bar of light: none of them knows it before."""
+    monkeypatch.setattr(filters_angle, "BATCH", 16)
     bar = torch.zeros(1, 1, 28, 28)
     bar[..., 12:16, 14:24] = 1
     data = Digits(bar.expand(32, -1, -1, -1), torch.zeros(32, dtype=torch.long))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .filters_table import FROZEN, ORACLE, TITLES, Result
@@ -69,23 +70,23 @@ def digit(path: Path, found: Result, digits: Digits, name: str, index: int = 0) 
 
 @torch.no_grad()
 def filters(path: Path, found: Result, rows: Sequence[str], count: int = 3) -> None:
-    """Filters of the first layer at every angle, of each row."""
+    """Filters of the first layer, each a line with a column for every angle; a sheet for each of ``rows``."""
     plt = _pyplot()
-    banks = {name: [_first(found.models[name], angle) for angle in ANGLES] for name in rows}
-    order = _strongest(banks[rows[0]][0], count)
-    figure, axes = plt.subplots(
-        count * len(rows), len(ANGLES), figsize=(12, 1.0 * count * len(rows)), layout="constrained"
-    )
-    for r, name in enumerate(rows):
-        for k, index in enumerate(order):
-            line = axes[r * count + k]
-            most = float(banks[name][0][index].abs().max())
-            for ax, bank in zip(line, banks[name], strict=True):
-                ax.imshow(bank[index].numpy(), cmap="PiYG", vmin=-most, vmax=most)
-                ax.set(xticks=[], yticks=[])
-        axes[r * count][0].set_title(TITLES[name], loc="left", fontsize=9)
-    for ax, angle in zip(axes[-1], ANGLES, strict=True):
-        ax.set_xlabel(f"{math.degrees(angle):.0f}°", fontsize=8)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 0.95 * count * len(rows)), layout="constrained")
+    order: list[int] = []
+    for ax, name in zip(axes, rows, strict=True):
+        banks = [_first(found.models[name], angle) for angle in ANGLES]
+        order = order or _strongest(banks[0], count)
+        lines = [
+            torch.cat([F.pad(bank[i] / banks[0][i].abs().max(), (0, 1, 0, 1)) for bank in banks], 1) for i in order
+        ]
+        sheet = torch.cat(lines)
+        ax.imshow(sheet.numpy(), cmap="PiYG", vmin=-1, vmax=1)
+        cell = sheet.shape[1] / len(ANGLES)
+        labels = [f"{math.degrees(angle):.0f}°" for angle in ANGLES]
+        ax.set_xticks([(k + 0.5) * cell - 1 for k in range(len(ANGLES))], labels, fontsize=8)
+        ax.set_yticks([])
+        ax.set_title(TITLES[name], loc="left", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

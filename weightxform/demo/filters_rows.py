@@ -98,7 +98,7 @@ ROWS = (
     Row("mlp", "per-filter MLP of w, cos, sin", 1200, 3e-3,
         _by(wx.FilterMLP(HIDDEN)), lambda m, h: _plain(m, h, lambda w: PerFilter(w, HIDDEN))),
     Row("learned", "learned A(c), A = 1 at first", 1200, 3e-3,
-        _by(wx.Learned(harmonics=4, init="identity")), _map(4, False)),
+        _by(wx.Learned(harmonics=1, init="identity")), _map(1, False)),
     Row("residual", "analytic + learned residual", 600, 1e-3,
         _by(wx.Rotate() + wx.LearnedResidual(harmonics=1)), _map(1, True)),
 )  # fmt: skip

@@ -41,8 +41,7 @@ def why(plan: table.Plan) -> str:
         f"({100 * (0.25 / plan.test) ** 0.5:.1f} points of standard error near 50 %, less near 100 %), learned rows of "
         f"{plan.steps(ROWS[0])} steps ({plan.steps(ROWS[-1])} for the last). The analytic row with global pooling "
         "depends on the seed (82.8 to 93.5 in the reference). The per-filter MLP sees filters divided by the root mean "
-        "square of their layer, which the reference does not say; learned A(c) has four harmonics of the angle, from "
-        "A = 1."
+        "square of their layer; learned A(c) begins at A = 1 with one harmonic of the angle: it says neither."
     )
 
 
