@@ -70,6 +70,7 @@ BUDGETS = (
         STATIC_SHARED,
         "a thread has three columns of eight filters and of their gradients, and the next ones under way",
     ),
+    Budget("network_grads_any<double>", 128, 2, STATIC_SHARED, "two registers for a number"),
     Budget("network*", 128, 3, STATIC_SHARED, "a thread has the weights of two hidden units, and the sums for them"),
     Budget("matrices*", 256, 2, STATIC_SHARED, "sin and cos of a large angle use a few words of stack", 40),
     Budget("gradients*", 32, 8, STATIC_SHARED, "the same; a warp has a condition", 40),

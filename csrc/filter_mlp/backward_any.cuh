@@ -15,7 +15,7 @@ __device__ C from_lane(C x, int lane) {
 
 // dweight [gridDim.y][filters][taps], or null; parts as in backward.cuh, for each warp.
 template <class C>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 2 : 3)
     network_grads_any(const Input grad, const Input weight, const Layers<C> net, C* dweight, C* parts, const Sizes o,
                       const Groups groups) {
   constexpr int N = kAnyConditions;
