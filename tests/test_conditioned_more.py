@@ -1,177 +1,21 @@
-"""wx.Conditioned under use that is not tidy: caches, buffers that are written, checkpoints, threads, odd models."""
+"""wx.Conditioned under use that is not tidy: odd gradients, checkpoints, threads, odd models."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from conditioned_small import ANGLES, F64, X, cnn, learning, plain, turned
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weightxform as wx
-
-F64 = torch.float64
-X = torch.randn(4, 1, 7, 7, dtype=F64, generator=torch.Generator().manual_seed(0))
-ANGLES = torch.tensor([0.1, 0.9, -1.2, 2.0], dtype=F64)
-
-
-def cnn() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3)).double().eval()
-
-
-def turned(weight: Tensor, angle: Tensor) -> Tensor:
-    zero = torch.zeros_like(angle)
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])
-    grid = F.affine_grid(theta[None], [1, 1, *weight.shape[2:]], align_corners=True)
-    flat = weight.reshape(1, -1, *weight.shape[2:])
-    return F.grid_sample(flat, grid, align_corners=True).reshape(weight.shape)
-
-
-def plain(model: nn.Module, x: Tensor, angles: Any) -> Tensor:
-    """``model`` with its kernels turned, one sample after the other."""
-    angles = torch.as_tensor(angles, dtype=F64)
-    outs = []
-    for k, angle in enumerate(angles.expand(len(x))):
-        bent = {n: turned(p, angle) if p.ndim == 4 else p for n, p in model.named_parameters()}
-        outs.append(torch.func.functional_call(model, bent, (x[k : k + 1],)))
-    return torch.cat(outs)
-
-
-def learning(model: nn.Module | None = None, **options: Any) -> wx.Conditioned:
-    net = wx.Conditioned(cnn() if model is None else model, wx.Rotate() + wx.LearnedResidual(), **options)
-    generator = torch.Generator().manual_seed(0)
-    for p in net.transform_parameters():
-        nn.init.normal_(p, std=0.1, generator=generator)
-    return net
-
-
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(0.5, dtype=F64))
-
-    def forward(self, weights: Tensor, condition: Tensor) -> Tensor:
-        return weights * torch.exp(self.rate * condition)
-
-
-# what is kept
-
-
-def test_every_order_of_modes_at_the_same_condition_tensor() -> None:
-    net = learning()
-    conditions = [0.5, ANGLES.clone()]
-    expected, grads = [], []
-    for c in conditions:
-        y = copy.deepcopy(net)(X, c)
-        expected.append(y.detach())
-        other = copy.deepcopy(net)
-        other(X, c).square().sum().backward()
-        grads.append([p.grad for p in other.transform_parameters()])
-    modes: list[Callable[[], Any]] = [torch.enable_grad, torch.no_grad, torch.inference_mode]
-    steps = list(itertools.product(modes, (0, 1), (True, False)))
-    for pair in itertools.product(steps, steps):
-        for mode, which, training in pair:
-            net.train(training)
-            with mode():
-                y = net(X, conditions[which])
-            torch.testing.assert_close(y, expected[which])
-            if mode is torch.enable_grad:
-                net.zero_grad()
-                y.square().sum().backward()
-                torch.testing.assert_close([p.grad for p in net.transform_parameters()], grads[which])
-
-
-def test_a_graph_after_none_where_there_is_no_condition() -> None:
-    net = wx.Conditioned(cnn(), wx.Rotate(angle=nn.Parameter(torch.tensor(0.5, dtype=F64))))
-    with torch.no_grad():
-        net(X)
-    net(X).sum().backward()
-    assert all(p.grad is not None for p in net.transform_parameters())
-
-
-@pytest.mark.parametrize("form", ["auto", "activation"])
-def test_a_condition_tensor_that_is_written_behind_its_version(form: str) -> None:
-    net, angles = wx.Conditioned(cnn(), wx.Rotate(), form=form), ANGLES.clone()
-    with torch.no_grad():
-        net(X, angles)
-        angles.data.uniform_(-3, 3)
-        torch.testing.assert_close(net(X, angles), plain(cnn(), X, angles))
-        torch.testing.assert_close(net(X, ANGLES), plain(cnn(), X, ANGLES))  # kept, and not with the memory of then
-    trained = learning(freeze=False)
-    trained(X, angles)
-    angles.data.uniform_(-3, 3)
-    torch.testing.assert_close(trained(X, angles), copy.deepcopy(trained)(X, angles.clone()))
-
-
-@pytest.mark.parametrize("leaf", [nn.Parameter, lambda a: a.requires_grad_()])
-def test_a_fused_optimizer_of_the_condition(leaf: Any) -> None:
-    net = wx.Conditioned(cnn(), wx.Rotate())
-    net(X, ANGLES + 1)
-    angles = leaf(ANGLES.clone())
-    optimizer = torch.optim.Adam([angles], 0.1, fused=True)
-    for _ in range(2):
-        y = net(X, angles)
-        torch.testing.assert_close(y, plain(cnn(), X, angles))
-        optimizer.zero_grad()
-        y.square().sum().backward()
-        optimizer.step()
-
-
-def test_data_of_the_raw_weight_and_a_round_trip_of_dtypes() -> None:
-    net, new = wx.Conditioned(cnn(), wx.Rotate()), torch.randn(3, 1, 3, 3, dtype=F64)
-    other = cnn()
-    other[0].weight.data = new
-    with torch.no_grad():
-        net(X, 0.5), net(X, 0.7)
-        wx.raw(net.model[0]).data = new
-        torch.testing.assert_close(net(X, 0.5), plain(other, X, 0.5))
-        net.float().double()
-        torch.testing.assert_close(net(X, 0.5), plain(other.float().double(), X, 0.5))
-
-
-@pytest.mark.parametrize("form", ["auto", "activation"])
-def test_what_inference_mode_kept_serves_a_gradient_of_the_input(form: str) -> None:
-    net = wx.Conditioned(cnn(), wx.Rotate(), form=form)
-    for c in (0.5, ANGLES):
-        with torch.inference_mode():
-            net(X, c)
-        xs = [X.clone().requires_grad_() for _ in range(2)]
-        net(xs[0], c).square().sum().backward()
-        plain(cnn(), xs[1], c).square().sum().backward()
-        torch.testing.assert_close(xs[0].grad, xs[1].grad)
-
-
-def test_a_transform_with_dropout_is_not_kept_in_training_mode() -> None:
-    class Dropped(nn.Module):
-        def forward(self, weights: Tensor, condition: Tensor) -> Tensor:
-            return F.dropout(weights, 0.5, self.training)
-
-    net = wx.Conditioned(cnn(), Dropped()).train()
-    with torch.no_grad():
-        assert not torch.equal(net(X, 0.5), net(X, 0.5))
-        torch.testing.assert_close(net.eval()(X, 0.5), cnn()(X))
-
-
-def test_a_transform_that_writes_into_its_argument() -> None:
-    class Writes(nn.Module):
-        def forward(self, weights: Tensor, condition: Tensor) -> Tensor:
-            return weights.mul_(condition)
-
-    with pytest.raises(RuntimeError, match="Writes wrote into the weight that it was given"):
-        wx.Conditioned(cnn(), Writes())(X, 0.5)
-
-
-# gradients
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ConditionedWeight(Transform):
         self.__dict__["owner"] = owner  # not a submodule: it contains this one
         self.shape = shape
         self.register_module("map", map)
-        self._tensors: list[dict] | None = None
+        self._seen: _Seen | None = None
 
     def transform(self) -> nn.Module:
         return self.map if self.map is not None else self.owner.transform  # type: ignore[return-value]
@@ -71,6 +71,8 @@ class ConditionedWeight(Transform):
         tensors = raw, *self.tensors()
         found = given.kept.get(id(self))
         if found is None or not found.is_of(tensors, dtype):
+            for t in tensors:
+                versions.watch(t)
             facts = _facts(tensors)  # before: a write by the transform itself would show
             held = [t.detach() for t in tensors]  # not themselves: swap_tensors wants no references
             with torch.inference_mode(False), torch.no_grad():  # it may serve where x takes a gradient
@@ -90,10 +92,10 @@ class ConditionedWeight(Transform):
 
     def tensors(self) -> list[Tensor]:
         """What the transform has."""
-        if self._tensors is None:  # found once: at every read of the weight it would cost more than the rest
-            found = self.transform()
-            self._tensors = [d for m in found.modules() for d in (m._parameters, m._buffers) if d]
-        return [t for d in self._tensors for t in d.values() if t is not None]
+        root, seen = self.transform(), self._seen  # looked up once: at every read it would cost more than the rest
+        if seen is None or seen.root is not root or [m for d in seen.children for m in d.values()] != seen.inside:
+            seen = self._seen = _Seen.of(root)
+        return [t for d in seen.tensors for t in d.values() if t is not None]
 
     def state(self) -> tuple[Tensor, ...]:
         if "_parameters" not in vars(self.owner):  # a copy or a pickle that is being put together
@@ -102,14 +104,30 @@ class ConditionedWeight(Transform):
         return (*self.tensors(), *(() if given is None else given.tensors()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tensors": None}
+        return {**self.__dict__, "_seen": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._tensors = None
+        self._seen = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return "" if self.shape is None else f"seen as {['O', *self.shape]}".replace("'", "")
+
+
+class _Seen(NamedTuple):
+    """A transform's dicts of parameters and buffers, and what tells whether it has other modules by now."""
+
+    root: nn.Module
+    children: list[dict]
+    inside: list[nn.Module | None]
+    tensors: list[dict]
+
+    @staticmethod
+    def of(root: nn.Module) -> _Seen:
+        modules = list(root.modules())
+        inside = [child for m in modules for child in m._modules.values()]
+        tensors: list[dict] = [d for m in modules for d in (m._parameters, m._buffers)]
+        return _Seen(root, [m._modules for m in modules], inside, tensors)
 
 
 def _facts(tensors: Sequence[Tensor]) -> list[tuple]:
