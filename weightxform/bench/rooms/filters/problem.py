@@ -28,6 +28,8 @@ class Kind:
         form: what is right: the formula in plain torch, of the tensors of ``shapes`` by name, and ``weight``.
         each: name -> shape of one condition; drawn by ``draw``.
         shared: name -> shape, of a weight [O, I, *k]; normal, over the root of their last axis.
+        banks: E, of a weight [E, O, I, *k].
+        change: what becomes of the numbers that were drawn.
     """
 
     form: Form
@@ -35,6 +37,7 @@ class Kind:
     draw: Callable[..., Tensor] = torch.randn
     shared: Callable[[Sequence[int]], dict[str, tuple[int, ...]]] = lambda weight: {}
     banks: int | None = None
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
 
 def _taps(weight: Sequence[int]) -> int:
@@ -61,6 +64,13 @@ def _mlp_shapes(weight: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {"w1": (HIDDEN, taps + 2), "b1": (HIDDEN,), "w2": (taps, HIDDEN), "b2": (taps,)}
 
 
+def _off_the_kink(tensors: Tensors) -> Tensors:
+    """Numbers of few bits: every hidden unit is computed without a rounding, and is at least 2^-12 from the kink of its
+    relu, also where all are three quarters of what they were. Else a rounding would decide which gradient is right."""
+    coarse = {n: (8 * torch.randn_like(t) if n == "weight" else 8 * t).round() / 8 for n, t in tensors.items()}
+    return tensors | coarse | {"b1": coarse["b1"] + 2**-10}
+
+
 TURN: dict[str, tuple[int, ...]] = {"params": ()}
 KINDS = {
     "rotate": Kind(_warp(plain.rotation, "zeros"), lambda w: TURN, partial(_between, -math.pi, math.pi)),
@@ -69,7 +79,7 @@ KINDS = {
     "shear": Kind(_warp(plain.shearing, "zeros"), lambda w: {"params": (2,)}, partial(_between, -0.5, 0.5)),
     "affine": Kind(_warp(lambda theta: theta, "zeros"), lambda w: {"params": (2, 3)}, _affine),
     "learned": Kind(plain.matmul, lambda w: {"matrix": (_taps(w), _taps(w))}),
-    "filter_mlp": Kind(plain.filter_mlp, lambda w: {"condition": (2,)}, shared=_mlp_shapes),
+    "filter_mlp": Kind(plain.filter_mlp, lambda w: {"condition": (2,)}, shared=_mlp_shapes, change=_off_the_kink),
     "modulate": Kind(plain.modulated, lambda w: {"style": (w[1],)}),
     "demodulate": Kind(plain.demodulated, lambda w: {"style": (w[1],)}),
     "experts": Kind(plain.experts, lambda w: {"routing": (EXPERTS,)}, banks=EXPERTS),
@@ -126,10 +136,12 @@ class FilterProblem(Problem):
             weight = torch.stack([weight, *(self.randn(*c.shape) * weight.std() for _ in range(kind.banks - 1))])
         each = kind.each(c.shape)
         self.each = set(each)
-        self.weights = [weight]
         self.tensors = {"weight": weight}
         self.tensors |= {name: kind.draw(c.count, *shape).to(self.device) for name, shape in each.items()}
         self.tensors |= {n: self.randn(*s) / s[-1] ** 0.5 for n, s in kind.shared(c.shape).items()}
+        self.tensors = kind.change(self.tensors)
+        weight = self.tensors["weight"]
+        self.weights = [weight]
         # Along the weight as much as across it, so that what demodulation projects out is not all that there is.
         noise, base = self.randn(c.count, *c.shape), weight if kind.banks is None else weight[0]
         self.douts = [noise.add_(base * float(noise[0].norm() / base.norm()))]
@@ -140,13 +152,14 @@ class FilterProblem(Problem):
         return {n: t.clone().requires_grad_(n not in frozen) for n, t in self.tensors.items()}
 
     def answer(self, factor: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """(results, gradients of the leaves that get one, times ``factor``) by the formula, a condition at a time."""
+        """(results, gradients of the leaves that get one), times ``factor``, by the formula; in float64 for a condition
+        at a time, which takes less memory."""
         form = KINDS[self.case.kind].form
         leaves = scaled(self.leaves(), factor, dtype)
-        outs = []
-        for k in range(self.case.count):
-            out = form(**{n: t[k : k + 1] if n in self.each else t for n, t in leaves.items()})
-            out.backward(self.douts[0][k : k + 1].to(dtype))
+        outs, step = [], 1 if dtype == torch.float64 else self.case.count
+        for k in range(0, self.case.count, step):
+            out = form(**{n: t[k : k + step] if n in self.each else t for n, t in leaves.items()})
+            out.backward(self.douts[0][k : k + step].to(dtype))
             outs.append(out.detach())
         return [torch.cat(outs)], [t.grad for t in raws(leaves)]  # type: ignore[misc]
 
