@@ -221,11 +221,12 @@ class Conditioned(nn.Module):
 
         def back(grads: Any) -> None:
             task = current_backward()
-            if self._returned != task:  # once a backward
-                before = self._given, self._returned
-                after_backward(lambda: self._after_backward(*before))
-                self._returned = task
-            self._given = here
+            with self._turn:  # not in the middle of another thread's forward
+                if self._returned != task:  # once a backward
+                    before = self._given, self._returned
+                    after_backward(lambda: self._after_backward(*before))
+                    self._returned = task
+                self._given = here
 
         for x in tree_leaves(output):
             if isinstance(x, Tensor) and x.requires_grad:
@@ -234,7 +235,8 @@ class Conditioned(nn.Module):
                         tensor.grad_fn.register_prehook(back)
 
     def _after_backward(self, given: Given | None, returned: int | None) -> None:
-        self._given, self._returned = given, returned
+        with self._turn:
+            self._given, self._returned = given, returned
 
     def check_checkpoint(self) -> None:
         """Raise where a checkpoint inside the model computes again, and nothing says at which condition."""
