@@ -169,3 +169,36 @@ def test_vmap_and_functional_call(digits: nn.Module) -> None:
         for p in other.parameters():
             p *= 2
     torch.testing.assert_close(torch.func.functional_call(net, scaled, (x, angles)), plain(other, x, angles))
+
+
+def test_a_parameter_that_the_user_gave_is_that_of_all_layers(digits: nn.Module) -> None:
+    x, _ = inputs()
+    angle = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    net = wx.Conditioned(copy.deepcopy(digits), wx.Rotate(angle=angle) + wx.Flip(-1), sample=x)
+    net(x).square().sum().backward()
+    assert list(net.transform_parameters()) == [angle]
+    leaf = angle.detach().clone().requires_grad_()
+    other = wx.Conditioned(digits, wx.Rotate() + wx.Flip(-1), sample=x)
+    other(x, leaf).square().sum().backward()
+    torch.testing.assert_close(angle.grad, leaf.grad)
+
+
+def test_keywords_and_integers(digits: nn.Module) -> None:
+    x, _ = inputs()
+    net = conditioned(digits)
+    expected = plain(digits, x, torch.tensor([1.0, 2, 3, 1, 2, 3], dtype=torch.float64))
+    torch.testing.assert_close(net(x=x, condition=torch.tensor([1, 2, 3, 1, 2, 3])), expected)
+    torch.testing.assert_close(net(x, condition={"angle": torch.tensor([1, 2, 3, 1, 2, 3])}), expected)
+
+
+def test_bake_of_any_module_needs_one_condition(digits: nn.Module) -> None:
+    x, angles = inputs()
+    net = conditioned(digits)
+    with pytest.raises(RuntimeError, match="no condition yet"):
+        wx.bake(net)
+    net(x, angles)
+    with pytest.raises(RuntimeError, match=r"each sample of the last call had its own: net.bake\(condition\)"):
+        wx.bake(net)
+    expected = net(x, 0.3)
+    assert wx.bake(net) is net and type(net.model.first) is nn.Conv2d
+    torch.testing.assert_close(net.model(x), expected)

@@ -16,6 +16,7 @@ from . import evaluate, versions
 from ._torch import is_dtensor
 from .slot import Slot
 from .swap import base_of, child_name, raw_view, set_slots, slots_of
+from .transform import Transform
 
 
 class ComputedParameter(nn.Parameter):
@@ -235,8 +236,13 @@ def bake(module: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         ValueError: ``name`` is not computed.
+        RuntimeError: it follows a condition and there is none, or one for each sample (before anything is changed).
     """
     chosen = list(_computed_in(module)) if name is None else [(module, name, _slot("bake", module, name))]
+    for m, n, _ in chosen:
+        for link in _transform(m, n).modules():
+            if isinstance(link, Transform):
+                link.check_bake()
     baked: dict[Slot, nn.Parameter] = {}
     with torch.no_grad():
         for m, n, slot in chosen:

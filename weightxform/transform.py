@@ -60,6 +60,9 @@ class Transform(nn.Module):
         """
         raise RuntimeError(f"{type(self).__name__} has no right inverse: assign wx.raw(module, name) instead")
 
+    def check_bake(self) -> None:
+        """Raise ``RuntimeError`` where the weight is not one that ``wx.bake`` can leave in the module."""
+
     @property
     def foldable(self) -> bool:
         """Whether layers may take :meth:`compute_state` in the place of the weight; see ``wx.nn``."""

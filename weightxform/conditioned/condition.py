@@ -68,8 +68,8 @@ class Given:
 
 
 def batch_of(input: Any) -> int | None:
-    """The first axis of a model's input, or of the first tensor in it."""
-    for x in (input,) if isinstance(input, Tensor) else tree_leaves(input):
+    """The first axis of the first tensor in a model's arguments."""
+    for x in tree_leaves(input):
         if isinstance(x, Tensor):
             return x.shape[0] if x.ndim else None
     return None
@@ -163,7 +163,7 @@ def _rows(
         raise TypeError(f"{owner}: {name} must be real numbers, got {describe(value)}")
     if value.device != device and (value.ndim or value.is_cuda):
         raise ValueError(f"{owner}: {name} must be on {device} as the model is, got {describe(value)}")
-    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    value = value.to(device, dtype if shape is not None or value.is_floating_point() else value.dtype)
     if shape is None:  # any: an axis in front is that of the batch
         if value.ndim == 0:
             return value[None]

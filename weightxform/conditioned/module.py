@@ -42,7 +42,8 @@ class Conditioned(nn.Module):
     Args:
         model: changed in place; also :attr:`model`.
         transform: a ``wx.FilterTransform`` (``wx.Rotate() + wx.LearnedResidual()``), of which each layer gets a copy
-            with parameters of its own, in ``layer.weight_transform.map``; or any ``nn.Module`` called as
+            with parameters of its own, in ``layer.weight_transform.map`` (a parameter that you give it, as in
+            ``wx.Rotate(angle=parameter)``, is that of all); or any ``nn.Module`` called as
             ``transform(weight, condition) -> weight``, one for all layers, :attr:`transform`. That gets one condition
             at a time (a mapping of them as a dict).
         layers: shell patterns for names of layers (``["conv1", "layer2.*"]``). Default: all convolutions (for warps
@@ -100,7 +101,8 @@ class Conditioned(nn.Module):
         ours = isinstance(transform, FilterTransform)
         found = {} if sample is None else trace("Conditioned", model, sample)
         chosen = choose("Conditioned", model, layers, flattened, found, ours, ours and _only_warps(transform))
-        maps = [copy.deepcopy(transform) if isinstance(transform, FilterTransform) else None for _ in chosen]
+        shared = {id(p): p for p in transform.parameters()}  # the user's own, as in wx.Rotate(angle=parameter)
+        maps: list[Any] = [copy.deepcopy(transform, dict(shared)) if ours else None for _ in chosen]
         weights = [ConditionedWeight(self, None, layer.shape) for layer in chosen]
         for layer, own, weight in zip(chosen, maps, weights, strict=True):
             refuse(layer.module, "weight", layer.raw, weight)
@@ -190,24 +192,30 @@ class Conditioned(nn.Module):
 
     # computing
 
-    def forward(self, input: Any, condition: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """``model(input, *args, **kwargs)`` at ``condition``.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``net(input, condition, ...)``, or ``net(..., condition=condition)``: the model's output for its arguments.
 
-        The first axis of ``input``, or of the first tensor in it (a tuple, list or dict), is that of the batch. Calls
+        The first axis of the input, or of the first tensor in it (a tuple, list or dict), is that of the batch. Calls
         from several threads take turns.
         """
+        condition = None
+        if "condition" in kwargs:
+            condition = kwargs.pop("condition")
+        elif len(args) > 1:
+            condition, args = args[1], (args[0], *args[2:])
+        batch = batch_of((args, kwargs))
         if torch.compiler.is_compiling():
-            before, self._given = self._given, self._find(condition, batch_of(input))
-            output = self.model(input, *args, **kwargs)
+            before, self._given = self._given, self._find(condition, batch)
+            output = self.model(*args, **kwargs)
             if torch.compiler.is_exporting():
                 self._given = before
             return output
         with self._turn:
-            here = self._find(condition, batch_of(input))
+            here = self._find(condition, batch)
             before, self._given = self._given, here
             self._inside += 1
             try:
-                output = self.model(input, *args, **kwargs)
+                output = self.model(*args, **kwargs)
             finally:
                 self._inside -= 1
                 if self._inside or in_backward():

@@ -57,6 +57,13 @@ class ConditionedWeight(Transform):
             )
         return given
 
+    def check_bake(self) -> None:
+        if self.given().count > 1:
+            raise RuntimeError(
+                "wx.bake: the weights follow a condition, and each sample of the last call had its own: "
+                "net.bake(condition) gives a plain copy, net.unwrap() the plain model"
+            )
+
     def raw(self, layer: nn.Module) -> Tensor:
         return layer._parameters["weight"]  # type: ignore[return-value]
 
