@@ -10,7 +10,7 @@
 #pragma once
 #include <type_traits>
 
-#include "backward_any.cuh"
+#include "network_any.cuh"
 
 namespace wx::gpu::mlp {
 
@@ -37,7 +37,7 @@ void launch_network(const Input& weight, const Layers<C>& net, const Output& out
 
 // How a backward is cut: by the sizes alone.
 struct Cut {
-  bool usual;  // the kernel of backward.cuh, which sums in float32
+  bool usual;  // the kernel of network_backward.cuh, which sums in float32
   int chunks;  // of hidden units; each leaves a part of dweight
   Groups groups;
 

@@ -7,9 +7,9 @@
 #pragma once
 #include <type_traits>
 
-#include "backward.cuh"
-#include "forward.cuh"
-#include "products.cuh"
+#include "warp_backward.cuh"
+#include "warp_forward.cuh"
+#include "warp_products.cuh"
 
 namespace wx::gpu::fw {
 

@@ -1,7 +1,7 @@
-// Modulation on CUDA: from tensors to kernels.cuh. Everything is checked before anything is allocated.
+// Modulation on CUDA: from tensors to modulate.cuh. Everything is checked before anything is allocated.
 #include "../common/cuda_shims.h"
 #include "../common/cuda_tensors.h"
-#include "kernels.cuh"
+#include "modulate.cuh"
 
 namespace wx::gpu::mod {
 namespace {

@@ -84,7 +84,7 @@ def test_modulation_of_other_sizes(gpu, samples, outputs, inputs, taps, demodula
 @pytest.mark.parametrize(
     ("batch", "filters", "taps", "hidden", "activation"),
     [
-        (5, 300, 9, 70, "silu"),
+        (5, 130, 9, 70, "silu"),
         (1, 34_000, 3, 2, "tanh"),  # more tiles than groups
         (1, 200, 4, 130, "tanh"),
         (6, 33, 25, 33, "silu"),

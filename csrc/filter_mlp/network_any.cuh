@@ -1,8 +1,8 @@
 // All gradients, for any number of taps. A warp has a group of filters, kTaps taps (blockIdx.z) and 32 hidden units
 // (blockIdx.y), one for each lane; what does not fit in registers is made again, and comes from the cache.
 #pragma once
-#include "backward.cuh"
-#include "forward.cuh"
+#include "network_backward.cuh"
+#include "network_forward.cuh"
 
 namespace wx::gpu::mlp {
 
@@ -13,7 +13,7 @@ __device__ C from_lane(C x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
-// dweight [gridDim.y][filters][taps], or null; parts as in backward.cuh, for each warp.
+// dweight [gridDim.y][filters][taps], or null; parts as in network_backward.cuh, for each warp.
 template <class C>
 __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 2 : 3)
     network_grads_any(const Input grad, const Input weight, const Layers<C> net, C* dweight, C* parts, const Sizes o,
