@@ -27,10 +27,11 @@ class Given:
         index: [B], which of the C each sample has; ``None``: all have the only one, or each its own in order.
         batch: B, where C > 1.
         key: equal for equal conditions; ``None`` where that is not known.
+        once: only one forward is at these conditions, so that the weights' graphs need not outlast its backward.
         kept: what was computed at these conditions, for later calls at the same ones; ``None`` where a graph is wanted.
     """
 
-    __slots__ = "_token", "batch", "count", "index", "kept", "key", "values"
+    __slots__ = "_token", "batch", "count", "index", "kept", "key", "once", "values"
 
     def __init__(
         self, values: dict[str, Tensor], count: int, index: Tensor | None, batch: int, key: tuple | None = None
@@ -38,6 +39,7 @@ class Given:
         self.values, self.count, self.index, self.batch, self.key = values, count, index, batch, key
         self.kept: dict[int, Any] | None = None
         self._token: Tensor | None = None
+        self.once = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What a weight at these conditions depends on, with one tensor that no other forward has: the caller's own may

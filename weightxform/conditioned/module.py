@@ -212,6 +212,7 @@ class Conditioned(nn.Module):
             return output
         with self._turn:
             here = self._find(condition, batch)
+            here.once = here.kept is None
             before, self._given = self._given, here
             self._inside += 1
             try:

@@ -43,7 +43,7 @@ class ConditionedWeight(Transform):
     def keeps_graph(self) -> bool:  # type: ignore[override]
         """A graph that goes on before the condition cannot be put behind a Function: its tensors would lose theirs."""
         given = self._given()
-        return given is not None and any(v.grad_fn is not None for v in given.values.values())
+        return given is not None and (given.once or any(v.grad_fn is not None for v in given.values.values()))
 
     def _given(self) -> Given | None:
         return vars(self.owner).get("_given")
