@@ -4,6 +4,9 @@
 
 namespace wx::gpu {
 
+template <class C>  // float or double
+constexpr Format kFormatOf = sizeof(C) == 8 ? Format::kDouble : Format::kFloat;
+
 template <class C>
 __device__ C load(const void* from, Format format, int64_t i) {
   switch (format) {

@@ -8,6 +8,24 @@
 
 namespace wx::gpu {
 
+template <class X>
+__host__ __device__ constexpr X ceil_div(X x, X y) {
+  return (x + y - 1) / y;
+}
+
+// Tiles in groups: a block has the tiles of one, one after the other, and leaves one part.
+struct Groups {
+  int64_t tiles, each;
+  int count;
+
+  __host__ static Groups of(int64_t items, int tile, int64_t most) {
+    const int64_t tiles = ceil_div<int64_t>(items, tile), each = ceil_div(tiles, most);
+    return {tiles, each, static_cast<int>(ceil_div(tiles, each))};
+  }
+  __device__ int64_t begin(int64_t group) const { return group * each; }
+  __device__ int64_t end(int64_t group) const { return min(tiles, (group + 1) * each); }
+};
+
 // Which of N sums a lane has: those from `first` on, the first `count` of its values.
 struct Kept {
   int first, count;

@@ -1,7 +1,7 @@
 // The network over each filter on CUDA: from tensors to kernels.cuh. Everything is checked before anything is
 // allocated.
+#include "../common/cuda_numbers.h"
 #include "../common/cuda_shims.h"
-#include "../common/cuda_tensors.h"
 #include "kernels.cuh"
 
 #include <string>
@@ -38,20 +38,6 @@ Sizes sizes(const Tensor& weight, const Tensor& v, const Tensor& w1, const Tenso
   return o;
 }
 
-Input input(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-Output output(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-
-// f(C{})
-template <class F>
-void with_compute(const Tensor& v, const F& f) {
-  v.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
-template <class C>
-C* data_of(const Tensor& t) {
-  return static_cast<C*>(t.data_ptr());
-}
-
 Tensor forward(Tensor weight, Tensor v, Tensor w1, Tensor w2, Tensor b2, std::string activation, bool residual,
                std::optional<ScalarType> out_dtype) {
   const Sizes o = sizes(weight, v, w1, w2, activation, residual);
@@ -66,8 +52,8 @@ Tensor forward(Tensor weight, Tensor v, Tensor w1, Tensor w2, Tensor b2, std::st
   if (out.numel() == 0) return out;
   with_compute(v, [&](auto c) {
     using C = decltype(c);
-    const Layers<C> net{data_of<C>(bias), data_of<C>(first), data_of<C>(second), data_of<C>(last)};
-    launch_network(input(w), net, output(out), o, device.stream());
+    const Layers<C> net{numbers_of<C>(bias), numbers_of<C>(first), numbers_of<C>(second), numbers_of<C>(last)};
+    launch_network(input_of(w), net, output_of(out), o, device.stream());
   });
   check_launches();
   return out;
@@ -96,10 +82,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
     const bool in_parts = need_weight && cut.weight_in_parts();
     const Tensor parts = empty(v, {cut.groups.count * at.size}, dtype);
     const Tensor weight_parts = empty(v, {in_parts ? cut.chunks * o.bank() : 0}, dtype);
-    const Layers<C> net{data_of<C>(bias), data_of<C>(first), data_of<C>(second), nullptr};
-    const Output to{need_weight ? dweight.data_ptr() : nullptr, format_of(weight.scalar_type())};
-    const Targets<4> sums{{output(dv), output(dw1), output(dw2), output(db2)}, {0, at.w1, at.w2, at.b2, at.size}};
-    launch_network_grads(input(g), input(w), net, to, in_parts ? data_of<C>(weight_parts) : nullptr, data_of<C>(parts),
+    const Layers<C> net{numbers_of<C>(bias), numbers_of<C>(first), numbers_of<C>(second), nullptr};
+    const Output to = output_if(need_weight, dweight);
+    const Targets<4> sums{{output_of(dv), output_of(dw1), output_of(dw2), output_of(db2)},
+                          {0, at.w1, at.w2, at.b2, at.size}};
+    launch_network_grads(input_of(g), input_of(w), net, to, numbers_if<C>(in_parts, weight_parts), numbers_of<C>(parts),
                          sums, o, device.stream());
   });
   check_launches();

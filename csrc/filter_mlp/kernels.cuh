@@ -55,8 +55,7 @@ template <class C>
 void launch_network_grads(const Input& grad, const Input& weight, const Layers<C>& net, const Output& dweight,
                           C* weight_parts, C* parts, const Targets<4>& sums, const Sizes& o, cudaStream_t stream) {
   const Cut cut = Cut::of<C>(o);
-  constexpr Format kFormat = sizeof(C) == 8 ? Format::kDouble : Format::kFloat;
-  const Output to = weight_parts ? Output{weight_parts, kFormat} : dweight;
+  const Output to = weight_parts ? Output{weight_parts, kFormatOf<C>} : dweight;
   for_taps<C, 3, 4, 9>(o, [&](auto k) {
     constexpr int K = decltype(k)::value;
     const auto kernel = o.hidden <= 16   ? network_grads<K, 16, 1>

@@ -33,11 +33,6 @@ struct Layers {
   const C *v, *w1, *w2, *b2;
 };
 
-template <class X>
-__host__ __device__ constexpr X ceil_div(X x, X y) {
-  return (x + y - 1) / y;
-}
-
 __device__ inline float expm1_of(float x) { return expm1f(x); }
 __device__ inline double expm1_of(double x) { return expm1(x); }
 __device__ inline float inverse(float x) { return __fdividef(1.0f, x); }  // 0 for infinity

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 2 : 3)
   if (group >= groups.count) return;
   const int64_t j = int64_t{blockIdx.y} * 32 + lane, unit = min(j, int64_t{o.hidden} - 1);
   const int own_tap = min(first_tap + lane % kTaps, o.taps - 1);  // for sums that are not over hidden units
-  const int64_t begin = group * groups.each, end = min(groups.tiles, begin + groups.each);
+  const int64_t begin = groups.begin(group), end = groups.end(group);
   const auto w_at = [&](int64_t f, int q) { return load<C>(weight.data, weight.format, f * o.taps + q); };
   const auto g_at = [&](int b, int64_t f, int p) {
     return load<C>(grad.data, grad.format, b * o.bank() + f * o.taps + p);

@@ -20,17 +20,6 @@ struct Parts {
         size(b2 + o.taps) {}
 };
 
-// Filters in groups: a block has the tiles of one, one after the other.
-struct Groups {
-  int64_t tiles, each;
-  int count;
-
-  __host__ static Groups of(int64_t filters, int tile, int most) {
-    const int64_t tiles = ceil_div<int64_t>(filters, tile), each = ceil_div<int64_t>(tiles, most);
-    return {tiles, each, static_cast<int>(ceil_div(tiles, each))};
-  }
-};
-
 // kLanes threads share a filter. blockIdx.y: the hidden units; dweight is [gridDim.y][filters][taps], or null.
 template <int K, int kLanes, int kOwn>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -63,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       if (const int j = first_unit + i % kWidth; j < o.hidden) f(i / kWidth, j, sum);
     }
   };
-  const int64_t begin = blockIdx.x * groups.each, end = min(groups.tiles, begin + groups.each);
+  const int64_t begin = groups.begin(blockIdx.x), end = groups.end(blockIdx.x);
   for (int64_t tile = begin; tile < end; tile++) {
     const int64_t first = tile * kNumbers;
     const int n = static_cast<int>(min(o.bank() - first, int64_t{kNumbers}));

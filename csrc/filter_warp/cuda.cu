@@ -1,6 +1,6 @@
 // Filter warps on CUDA: from tensors to kernels.cuh. Everything is checked before anything is allocated.
+#include "../common/cuda_numbers.h"
 #include "../common/cuda_shims.h"
-#include "../common/cuda_tensors.h"
 #include "kernels.cuh"
 
 namespace wx::gpu::fw {
@@ -31,20 +31,6 @@ void check_blocks(const Sizes& o) {
         "too many filters, conditions and taps for one launch");
 }
 
-template <class C>
-const C* data_of(const Tensor& t) {
-  return static_cast<const C*>(t.data_ptr());
-}
-
-Input input(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-Output output(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-
-// f(C{})
-template <class F>
-void with_compute(const Tensor& a, const F& f) {
-  a.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 Tensor forward(Tensor weight, Tensor a, std::optional<ScalarType> out_dtype) {
   const Sizes o = sizes(weight, a);
   check_blocks(o);
@@ -53,7 +39,8 @@ Tensor forward(Tensor weight, Tensor a, std::optional<ScalarType> out_dtype) {
   const OnDeviceOf device(weight);
   const Tensor w = packed(weight), m = packed(a), out = empty(weight, {o.batch, o.filters, o.taps}, dtype);
   if (out.numel() == 0) return out;
-  with_compute(a, [&](auto c) { launch_forward(input(w), data_of<decltype(c)>(m), output(out), o, device.stream()); });
+  with_compute(
+      a, [&](auto c) { launch_forward(input_of(w), numbers_of<decltype(c)>(m), output_of(out), o, device.stream()); });
   check_launches();
   return out;
 }
@@ -77,9 +64,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor weight, Tensor a, bool n
   with_compute(a, [&](auto c) {
     using C = decltype(c);
     const Tensor parts = empty(weight, {need_a ? count_parts<C>(o) * a.numel() : 0}, a.scalar_type());
-    const Output to{need_weight ? dweight.data_ptr() : nullptr, format_of(weight.scalar_type())};
-    launch_backward(input(g), input(w), data_of<C>(m), to, need_a ? static_cast<C*>(parts.data_ptr()) : nullptr,
-                    static_cast<C*>(da.data_ptr()), o, device.stream());
+    const Output to = output_if(need_weight, dweight);
+    launch_backward(input_of(g), input_of(w), numbers_of<C>(m), to, numbers_if<C>(need_a, parts), numbers_of<C>(da), o,
+                    device.stream());
   });
   check_launches();
   return {dweight, da};

@@ -45,8 +45,8 @@ void launch_backward(const Input& grad, const Input& weight, const C* a, const O
       o, [&](auto k) { launch_filter_grads<decltype(k)::value>(grad, weight, a, dweight, parts, o, stream); });
   if (!done && dweight.data) launch_map_filters(grad, a, dweight, Map::backward(o), stream);
   if (!done && parts) launch_gram_filters(grad, weight, parts, o, stream);
-  constexpr Format kFormat = sizeof(C) == 8 ? Format::kDouble : Format::kFloat;
-  if (parts) launch_add_parts(parts, count_parts<C>(o), Output{da, kFormat}, o.batch * o.banks * o.matrix(), stream);
+  if (parts)
+    launch_add_parts(parts, count_parts<C>(o), Output{da, kFormatOf<C>}, o.batch * o.banks * o.matrix(), stream);
 }
 
 }  // namespace wx::gpu::fw

@@ -1,6 +1,6 @@
 // Modulation on CUDA: from tensors to modulate.cuh. Everything is checked before anything is allocated.
+#include "../common/cuda_numbers.h"
 #include "../common/cuda_shims.h"
-#include "../common/cuda_tensors.h"
 #include "modulate.cuh"
 
 namespace wx::gpu::mod {
@@ -22,20 +22,6 @@ Sizes sizes(const Tensor& weight, const Tensor& style) {
   return {size(style, 0), size(weight, 0), size(weight, 1), size(weight, 2)};
 }
 
-Input input(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-Output output(const Tensor& t) { return {t.data_ptr(), format_of(t.scalar_type())}; }
-
-template <class C>
-C* data_of(const Tensor& t) {
-  return static_cast<C*>(t.data_ptr());
-}
-
-// f(C{})
-template <class F>
-void with_compute(const Tensor& style, const F& f) {
-  style.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor weight, Tensor style, bool demodulate, double eps,
                                    std::optional<ScalarType> out_dtype) {
   const Sizes o = sizes(weight, style);
@@ -48,7 +34,8 @@ std::tuple<Tensor, Tensor> forward(Tensor weight, Tensor style, bool demodulate,
   if (d.numel() == 0) return {out, d};
   with_compute(style, [&](auto c) {
     using C = decltype(c);
-    launch_modulate(input(w), data_of<C>(s), output(out), data_of<C>(d), o, demodulate, eps, device.stream());
+    launch_modulate(input_of(w), numbers_of<C>(s), output_of(out), numbers_of<C>(d), o, demodulate, eps,
+                    device.stream());
   });
   check_launches();
   return {out, d};
@@ -78,10 +65,10 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor weight, Tensor style, Te
     const Cut cut = Cut::of<C>(o, need_weight);
     const Tensor parts = empty(weight, {need_style ? cut.groups * style.numel() : 0}, style.scalar_type());
     const Tensor row = empty(weight, {cut.row_numbers}, style.scalar_type());
-    const Output to{need_weight ? dweight.data_ptr() : nullptr, format_of(weight.scalar_type())};
-    launch_modulate_grads(input(g), input(w), data_of<C>(s), data_of<C>(scales), to,
-                          need_style ? data_of<C>(parts) : nullptr, data_of<C>(dstyle),
-                          cut.row_numbers ? data_of<C>(row) : nullptr, o, cut, demodulate, device.stream());
+    const Output to = output_if(need_weight, dweight);
+    launch_modulate_grads(input_of(g), input_of(w), numbers_of<C>(s), numbers_of<C>(scales), to,
+                          numbers_if<C>(need_style, parts), numbers_of<C>(dstyle), numbers_if<C>(cut.row_numbers, row),
+                          o, cut, demodulate, device.stream());
   });
   check_launches();
   return {dweight, dstyle};

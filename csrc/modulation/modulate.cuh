@@ -258,8 +258,7 @@ void launch_modulate_grads(const Input& grad, const Input& weight, const C* styl
   const Gradients<C> to{dweight, parts, row, cut.each, cut.rounds};
   WX_LAUNCH_SHARED(modulate_grads<C>, dim3(cut.groups, cut.splits), kThreads, cut.shared, stream, grad, weight, style,
                    d, to, o, demodulate);
-  constexpr Format kFormat = sizeof(C) == 8 ? Format::kDouble : Format::kFloat;
-  if (parts) launch_add_parts(parts, cut.groups, Output{dstyle, kFormat}, int64_t{o.samples} * o.inputs, stream);
+  if (parts) launch_add_parts(parts, cut.groups, Output{dstyle, kFormatOf<C>}, int64_t{o.samples} * o.inputs, stream);
 }
 
 }  // namespace wx::gpu::mod

@@ -1,6 +1,6 @@
 // Warp matrices on CUDA: from tensors to kernels.cuh. Everything is checked before anything is allocated.
+#include "../common/cuda_numbers.h"
 #include "../common/cuda_shims.h"
-#include "../common/cuda_tensors.h"
 #include "kernels.cuh"
 
 #include <string>
@@ -33,12 +33,6 @@ void check_params(const Tensor& params, Kind kind, int64_t height, int64_t width
   check(params.size(0) * height * width <= int64_t{1} << 36, "the matrices must have at most 2^36 rows");
 }
 
-// f(C{})
-template <class F>
-void with_type(const Tensor& params, const F& f) {
-  params.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 Tensor forward(Tensor params, std::string kind_name, int64_t height, int64_t width, double dy, double dx,
                std::string interpolation, std::string padding) {
   const Kind kind = kind_of(kind_name);
@@ -47,12 +41,11 @@ Tensor forward(Tensor params, std::string kind_name, int64_t height, int64_t wid
   const int64_t batch = params.size(0), taps = height * width;
   const Tensor numbers = packed(params), out = empty(params, {batch, taps, taps}, params.scalar_type());
   if (batch == 0) return out;
-  with_type(params, [&](auto c) {
+  with_compute(params, [&](auto c) {
     using C = decltype(c);
     const Grid<C> grid(static_cast<int>(height), static_cast<int>(width), dy, dx, interpolation == "bicubic",
                        padding == "border");
-    launch_matrices(static_cast<const C*>(numbers.data_ptr()), static_cast<C*>(out.data_ptr()), grid, kind, batch,
-                    device.stream());
+    launch_matrices(numbers_of<C>(numbers), numbers_of<C>(out), grid, kind, batch, device.stream());
   });
   check_launches();
   return out;
@@ -69,12 +62,11 @@ Tensor backward(Tensor grad, Tensor params, std::string kind_name, int64_t heigh
   const OnDeviceOf device(params);
   const Tensor numbers = packed(params), g = packed(grad), out = empty(params, sizes_of(params), params.scalar_type());
   if (batch == 0) return out;
-  with_type(params, [&](auto c) {
+  with_compute(params, [&](auto c) {
     using C = decltype(c);
     const Grid<C> grid(static_cast<int>(height), static_cast<int>(width), dy, dx, interpolation == "bicubic",
                        padding == "border");
-    launch_gradients(static_cast<const C*>(g.data_ptr()), static_cast<const C*>(numbers.data_ptr()),
-                     static_cast<C*>(out.data_ptr()), grid, kind, batch, device.stream());
+    launch_gradients(numbers_of<C>(g), numbers_of<C>(numbers), numbers_of<C>(out), grid, kind, batch, device.stream());
   });
   check_launches();
   return out;
