@@ -24,7 +24,8 @@ class Case:
     """A model, all of whose Linear and Conv weights are computed.
 
     Attributes:
-        group: ``"single"`` (one weight), ``"list"``, ``"layer"`` (one weight, for its training step), ``"subspace"``.
+        group: ``"single"`` (one weight), ``"list"``, ``"layer"`` (one weight, for its training step), ``"subspace"``,
+            ``"filters"``.
         inputs: shape of a batch, for the whole training step; ``None``: the weights alone are timed.
         quick: part of ``--quick``.
     """

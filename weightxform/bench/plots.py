@@ -31,7 +31,7 @@ def _fastest(case: dict[str, Any], role: str) -> dict[str, Any] | None:
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``ratio.png`` and ``roofline.png`` into ``folder``; single weights as dots, lists as crosses."""
     folder.mkdir(parents=True, exist_ok=True)
-    cases = sorted((c for c in result["cases"] if c["group"] != "subspace"), key=lambda c: c["bytes"])
+    cases = sorted((c for c in result["cases"] if c["group"] in ("single", "list")), key=lambda c: c["bytes"])
     groups = ([c for c in cases if c["group"] == "single"], "o"), ([c for c in cases if c["group"] == "list"], "x")
     where = f"{result['machine']['device']}, {result['machine']['threads']} threads, forward + backward"
 

@@ -12,7 +12,7 @@ import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer steps: a minute and a half on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer steps: two or three minutes on two cores")
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the report and its pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="training steps, instead of the pillar's own number")
