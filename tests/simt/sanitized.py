@@ -36,7 +36,8 @@ def cases(gpu: HostGPU, dtypes: list[str]) -> None:
     for i, dtype in enumerate(dtypes):
         gpu.order([*ORDERS][i % len(ORDERS)])
         for name, case in CASES:
-            gpu[name](*make_args(OPS[name], case, getattr(torch, dtype), "cpu"))
+            op, wanted = OPS[name], getattr(torch, dtype)
+            gpu[name](*make_args(op, case, wanted if wanted in op.dtypes else torch.float32, "cpu"))
     print(f"{len(dtypes) * len(CASES)} cases ran")
 
 
