@@ -106,7 +106,7 @@ def test_unwritten_memory_is_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "weight_nrom"], "no op has such a name; there are spectral_norm_fwd"),
+        (["--op", "weight_nrom"], "no op has such a name; there are filter_mlp_fwd"),
         (["--device", "cpu", "--backend", "cuda"], "not available for these ops on cpu; there is cpu, reference"),
     ],
 )
