@@ -89,13 +89,13 @@ def build(name: str, sources: list[Path], link: list[str], *flags: str) -> Path:
     return out
 
 
-def compile_for_host(*flags: str) -> Path:
-    """Every ``csrc/*/cuda*.cu`` as one shared object."""
+def compile_for_host(*flags: str, rooms: str = "*") -> Path:
+    """Every ``csrc/*/cuda*.cu`` (or of the rooms of this pattern) as one shared object."""
     torch_root = Path(torch.__file__).parent
     includes = ["-fvisibility=hidden", "-ffp-contract=off", "-DWX_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     includes += ["-isystem", f"{torch_root}/include", f"-I{ROOT}/csrc"]
     link = ["-shared", f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return build("ops.so", sorted(ROOT.glob("csrc/*/cuda*.cu")), link, *includes, *flags)
+    return build("ops.so", sorted(ROOT.glob(f"csrc/{rooms}/cuda*.cu")), link, *includes, *flags)
 
 
 def build_program(name: str, *flags: str) -> Path:
