@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .condition import Given
 from .transform import FilterTransform, View
 
-LARGE = 16  # times as many numbers as a sample: from one sweep on two CPU threads; patches never won there
+LARGE = 8  # times as many numbers as a sample: a sweep on two CPU threads; patches never won there
 FORMS = ("auto", "loop", "grouped", "activation")
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
