@@ -135,8 +135,10 @@ def sanitized(flags: tuple[str, ...], what: str, *arguments: str, **options: str
     return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
 
 
-def missing_barriers(*flags: str) -> dict[str, tuple[str, bool]]:
+def missing_barriers(*flags: str, part: int = 0, parts: int = 1) -> dict[str, tuple[str, bool]]:
     """For every barrier of the kernels, "file:line": its kind, and whether the race check reports its absence.
+
+    ``parts``: into how many they are divided, for as many processes; ``part``: which of these, from 0.
 
     Threads that go astray without a barrier, so that simt.cpp ends the program, count as a report.
     """
@@ -146,7 +148,8 @@ def missing_barriers(*flags: str) -> dict[str, tuple[str, bool]]:
         state = Path(folder, "state")
         while True:
             before = state.read_text() if state.exists() else None
-            done = sanitized(flags, "barriers", f"{folder}/log", str(state), TSAN_OPTIONS=options)
+            which = str(part), str(parts)
+            done = sanitized(flags, "barriers", f"{folder}/log", str(state), *which, TSAN_OPTIONS=options)
             astray = done.returncode in (-signal.SIGABRT, 128 + signal.SIGABRT)
             if not astray or not state.exists() or state.read_text() == before:
                 break

@@ -1,7 +1,9 @@
 """Runs the cases of every CUDA op in a library that was compiled with sanitizers, in a process of its own.
 
-    sanitized.py cases LIBRARY DTYPE ...         every case runs; what the sanitizer thinks is in the exit status
-    sanitized.py barriers LIBRARY LOG STATE      the race check finds out when a barrier is missing, one at a time
+    sanitized.py cases LIBRARY DTYPE ...
+        every case runs; what the sanitizer thinks is in the exit status
+    sanitized.py barriers LIBRARY LOG STATE PART PARTS
+        the race check finds out when a barrier is missing, one at a time
 
 The numbers are checked without sanitizers, by ``test_host_gpu.py``: references would take most of the time here.
 So would the large cases, which take no other path.
@@ -41,8 +43,8 @@ def cases(gpu: HostGPU, dtypes: list[str]) -> None:
     print(f"{len(dtypes) * len(CASES)} cases ran")
 
 
-def barriers(gpu: HostGPU, log: str, state: Path) -> bool:
-    """Prints, as JSON, what became of every barrier when it was left out: a report (or the end), or none.
+def barriers(gpu: HostGPU, log: str, state: Path, part: int, parts: int) -> bool:
+    """Prints, as JSON, what became of each barrier (of a part of them) left out: a report or the end, or none.
 
     ``log`` is the log_path of the race check; what it holds grows with each report. A kernel without one of its
     barriers may also end the program, which then starts again: ``state`` has what was found before, and what it was at.
@@ -72,7 +74,7 @@ def barriers(gpu: HostGPU, log: str, state: Path) -> bool:
             for place, kind in gpu.barriers().items():
                 kinds[place] = kind
                 reached.setdefault(place, []).append(one)
-    for place, where in reached.items():
+    for place, where in [*sorted(reached.items())][part::parts]:
         if place not in found:
             state.write_text(json.dumps({**known, "found": found, "at": place}))
             found[place] = any(run(*one, place, order) for order in ORDERS for one in map(tuple, where))
@@ -84,5 +86,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     gpu = HostGPU(Path(sys.argv[2]))
     if sys.argv[1] == "barriers":
-        sys.exit(not barriers(gpu, sys.argv[3], Path(sys.argv[4])))
+        sys.exit(not barriers(gpu, sys.argv[3], Path(sys.argv[4]), *map(int, sys.argv[5:])))
     cases(gpu, sys.argv[3:])
