@@ -32,8 +32,9 @@ setup: $(VENV)/built.stamp
 demo: setup
 	$(BIN)/python -m weightxform demo --quick --output out/demo $(ARGS)
 
+# A file of tests stays in one process. The folders with the long ones come first.
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 sanitize: setup
 	$(BIN)/python tests/simt/sanitize.py

@@ -21,6 +21,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from weightxform.registry import OPS
 
@@ -75,6 +76,13 @@ def build(name: str, sources: list[Path], link: list[str], *flags: str) -> Path:
     if out.exists():
         return out
     BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):  # for another process that wants the same, and finds it when this one is done
+        if not out.exists():
+            _build(out, jobs, link, flags)
+    return out
+
+
+def _build(out: Path, jobs: list[tuple[list[str], Path]], link: list[str], flags: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(dir=BUILD) as folder, ThreadPool(os.cpu_count()) as pool:
         objects = [f"{folder}/{i}.o" for i in range(len(jobs))]
 
@@ -86,7 +94,6 @@ def build(name: str, sources: list[Path], link: list[str], *flags: str) -> Path:
         partial = f"{folder}/out"
         subprocess.run([*compiler(), "-pthread", *sanitizers, *objects, *link, "-o", partial], check=True)
         os.replace(partial, out)
-    return out
 
 
 def compile_for_host(*flags: str, rooms: str = "*") -> Path:
