@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import weightxform as wx
 
@@ -47,6 +48,7 @@ class Returns(nn.Module):
         ({"flattened": {"9": (2, 4, 4)}}, ValueError, "'9' must be a Linear layer, got no layer"),
         ({"flattened": {"4": (32,)}}, ValueError, r"must be \(channels, \*kernel\), got \(32,\)"),
         ({"flattened": [3]}, TypeError, "flattened must be a mapping"),
+        ({"layers": ["0"], "flattened": {"4": (2, 4, 3)}}, ValueError, "must have 32 elements"),
         ({"sample": 3.0}, TypeError, "sample must be the model's inputs, with a Tensor among them, got 3.0"),
         ({"freeze": 1}, TypeError, "freeze must be a bool, got 1"),
         ({"deduplicate": None}, TypeError, "deduplicate must be a bool"),
@@ -54,6 +56,17 @@ class Returns(nn.Module):
         ({"cache_size": -1}, ValueError, "cache_size must be at least 0, got -1"),
         ({"model": nn.Sequential(nn.Linear(3, 3))}, ValueError, "model has no layer with a spatial kernel"),
         ({"model": nn.Sequential(nn.Conv1d(1, 1, 3))}, ValueError, "0: Rotate: .*two"),
+        ({"model": nn.Sequential(nn.LazyConv2d(2, 3))}, ValueError, r"0\.weight is lazy, .*; run the model once first"),
+        (
+            {"transform": wx.Rotate(torch.ones((), requires_grad=True))},
+            TypeError,
+            "Rotate: angle must be an nn.Parameter",
+        ),
+        (
+            {"transform": wx.Rotate() @ wx.Scale(torch.ones((), requires_grad=True).exp())},
+            TypeError,
+            "Scale: scale must",
+        ),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -87,7 +100,14 @@ def test_a_weight_that_is_computed_already() -> None:
         (torch.zeros(4, dtype=torch.complex64), TypeError, "angle must be real numbers"),
         (torch.zeros(4, dtype=torch.bool), TypeError, "angle must be real numbers"),
         (torch.zeros(4, device="meta"), ValueError, "angle must be on cpu as the model is"),
-        (float("nan"), ValueError, "angle must be finite, got nan"),
+        (float("nan"), ValueError, "angle must be finite in float32, got nan"),
+        (1e39, ValueError, r"angle must be finite in float32, got 1e\+39"),
+        (10**400, ValueError, r"angle must be finite in float32, got 1000.*\.\.\."),
+        (
+            torch.tensor(0.0, device="meta"),
+            ValueError,
+            r"angle must be on cpu as the model is, got float32\[\] on meta",
+        ),
         (torch.tensor([0.0, 1.0, float("nan"), 2.0]), ValueError, "angle must be finite, got nan"),
         (torch.tensor([0.0, float("inf"), 1.0, 2.0]), ValueError, "angle must be finite, got inf"),
         ("north", TypeError, "angle must be a number or a Tensor, got str"),
@@ -105,6 +125,44 @@ def test_wrong_conditions(condition: Any, error: type[Exception], message: str) 
     assert torch.isfinite(net(X, 0.5)).all()
 
 
+def test_a_scale_that_is_not_positive() -> None:
+    net = wx.Conditioned(cnn(), wx.Scale())
+    for wrong in (0.0, torch.tensor([1.0, 2.0, -0.5, 1.0])):
+        with pytest.raises(ValueError, match=r"Conditioned: scale must be positive, got (0\.0|-0\.5)"):
+            net(X, wrong)
+
+
+def test_a_vector_for_all_of_a_transform_that_takes_any() -> None:
+    net = wx.Conditioned(cnn(), Returns(lambda w, c: w * c.sum()))
+    with pytest.raises(
+        ValueError, match=r"condition must be a number, or \[1, \.\.\.\] \(one for all: condition\[None\]"
+    ):
+        net(X, torch.ones(3))
+    net(X, torch.ones(3)[None])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, "parametrized; .*remove_parametrizations first"),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.5), "pruned; torch.nn.utils.prune.remove first"),
+        (torch.nn.utils.spectral_norm, "made by .*; remove_spectral_norm first"),
+    ],
+)
+def test_a_weight_that_is_no_parameter(make: Any, message: str) -> None:
+    for path, options in (("0", {}), ("0", {"layers": ["0"]}), ("4", {"sample": X})):
+        model = cnn()
+        make(model.get_submodule(path))
+        with pytest.raises(ValueError, match=rf"{path}\.weight is {message}; or leave the layer out with layers="):
+            wx.Conditioned(model, wx.Rotate(), **options)
+        others: dict[str, Any] = {"layers": ["0"]} if path == "4" else {"layers": ["4"], "flattened": {"4": (2, 4, 4)}}
+        assert wx.Conditioned(model, wx.Rotate(), **others).names == tuple(others["layers"])
+
+
+def test_flattened_layers_follow_in_any_case() -> None:
+    assert wx.Conditioned(cnn(), wx.Rotate(), layers=["0"], flattened={"4": (2, 4, 4)}).names == ("0", "4")
+
+
 def test_several_conditions_need_their_names() -> None:
     net = wx.Conditioned(cnn(), wx.Rotate() @ wx.Rotate(condition="more"))
     with pytest.raises(ValueError, match="condition must be a mapping with 'angle' and 'more', got float"):
@@ -119,6 +177,8 @@ def test_a_transform_that_takes_none() -> None:
     assert net(X).shape == (4, 3)
     with pytest.raises(ValueError, match=r"the transform takes no condition, got 0\.5"):
         net(X, 0.5)
+    with pytest.raises(ValueError, match=r"takes no condition, got float32\[4\] on cpu$"):
+        net(X, torch.zeros(4))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +219,7 @@ def test_data_of_a_computed_weight() -> None:
     with net.at(0.5):
         net.model[0].weight.data = torch.zeros(2, 1, 3, 3)
         with pytest.raises(
-            RuntimeError, match=r"given another .data: no gradient goes through.*wx.ComputedParameter\("
+            RuntimeError, match=r"given another .data: no gradient goes through.*transform of wx.Conditioned\("
         ):
             net.model(X)
 

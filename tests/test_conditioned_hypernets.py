@@ -334,6 +334,19 @@ def test_no_activation_form_where_a_layer_has_none():
     assert not rotate.has_activation(conv().weight, conv())
 
 
+def test_a_linear_layer_needs_no_kernel():
+    def model():
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 4))
+
+    x, angles = torch.randn(3, 1, 6, 6), torch.rand(3)
+    for transform in (LowRank(2), AffineHypernet(3), LowRank(1) + AffineHypernet(2), Experts(2, harmonics=1)):
+        net = wx.Conditioned(model(), transform, layers=["*"])
+        assert net.names == ("0", "2") and net(x, angles).shape == (3, 4)
+    for transform in (FilterMLP(), LowRank(2) + Rotate(), Experts(2, ("expert", "spatial"), harmonics=1)):
+        with pytest.raises(ValueError, match="2 is a Linear with no spatial kernel"):
+            wx.Conditioned(model(), transform, layers=["2"])
+
+
 def test_arguments_are_checked():
     layer = conv()
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import weightxform as wx
 from weightxform.filter_warp.module import AdaptiveRotatedConv2d
 from weightxform.modulation.module import ModulatedConv2d
 
@@ -193,6 +194,21 @@ def test_modulation_prenormalized():
 
 
 @pytest.mark.parametrize("form", ["materialised", "activation"])
+def test_modulation_of_zeros_prenormalized(form):
+    layer = ModulatedConv2d(4, 5, 3, 6, form=form, prenormalize="rms", bias=False, dtype=D)
+    x, style = _inputs(layer)
+    expected = layer(x, style)
+    with torch.no_grad():
+        layer.weight[2] = 0
+        layer.affine.bias.zero_()
+        style[1] = 0
+    y = layer(x, style)
+    assert not y[:, 2].any() and not y[1].any() and expected[:, 2].all() and y[0, 0].all()
+    for gradient in torch.autograd.grad(y, [x, style, layer.weight], torch.randn_like(y)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["materialised", "activation"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_modulation_in_half_types(form, dtype):
     """Styles of 3e5 and filters of 1e-6 are out of the range of float16, and what they give together is in it."""
@@ -266,6 +282,19 @@ def test_layers_compiled(kind):
         torch.autograd.grad(out, parameters, grad), torch.autograd.grad(y, parameters, grad), strict=True
     ):
         assert_close(got, expected)
+
+
+def test_inside_of_a_model_that_follows_a_condition():
+    """Their kernels follow their own inputs; to turn the router alone would be of no use."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), AdaptiveRotatedConv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    x = torch.randn(2, 1, 12, 12)
+    net = wx.Conditioned(copy.deepcopy(model), wx.Rotate(), sample=x)
+    assert net.names == ("0", "2")
+    net(x, torch.tensor([0.3, 1.0]))
+    assert wx.Conditioned(model, wx.Rotate(), layers=["1.router.*"]).names == ("1.router.depthwise",)
+    for alone in (AdaptiveRotatedConv2d(4, 4, 3), ModulatedConv2d(4, 5, 3, 6)):
+        with pytest.raises(ValueError, match="model has no layer with a spatial kernel"):
+            wx.Conditioned(alone, wx.Rotate())
 
 
 def test_arguments_are_checked():

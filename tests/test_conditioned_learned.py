@@ -69,6 +69,23 @@ def test_steerable_residuals(size):
     assert_close(made["keep"][0], steered + rest)
 
 
+@pytest.mark.parametrize(
+    ("size", "dilation"),
+    [((3, 7), 1), ((5, 3), 1), ((2, 3), 1), ((3, 9), 1), (3, (1, 2)), (5, (2, 1)), ((5, 3), (2, 1)), ((3, 5), (3, 2))],
+)
+def test_steerable_of_kernels_that_are_not_square(size, dilation):
+    """What their taps cannot tell is not blown up, and no turn is none."""
+    layer = nn.Conv2d(1, 1, size, dilation=dilation, dtype=D)
+    angles = {"angle": torch.linspace(0, 2 * math.pi, 25, dtype=D)}
+    for residual in ("bilinear", "keep", "drop"):
+        transform = Steerable(residual=residual)
+        transform.attach(layer.weight, layer)
+        a = transform.matrix(angles, layer.weight)
+        assert float(torch.linalg.matrix_norm(a, 2).max()) < 2.3
+        if residual != "drop":
+            assert_close(a[0], torch.eye(a.shape[1], dtype=D))
+
+
 def test_steerable_frequencies_and_half_types():
     layer = conv(torch.float32)
     transform = Steerable(residual="drop", frequencies=0)

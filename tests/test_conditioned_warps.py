@@ -205,6 +205,9 @@ def test_arguments_are_checked():
     _raises(ValueError, "Rotate: padding must be", lambda: Rotate(padding="wrap"))
     _raises(ValueError, "Rotate: axis must be None, 0, 1 or 2", lambda: Rotate(axis=3))
     _raises(ValueError, "Scale: scale must be positive", lambda: Scale(-1.0))
+    _raises(ValueError, "Scale: scale must be positive, got nan", lambda: Scale(torch.tensor(math.nan)))
+    _raises(ValueError, "Rotate: angle must be finite, got nan", lambda: Rotate(nn.Parameter(torch.tensor(math.nan))))
+    _raises(ValueError, "Affine: matrix must be finite, got inf", lambda: Affine(torch.full((2, 3), math.inf)))
     _raises(TypeError, "Scale: isotropic must be a bool", lambda: Scale(isotropic=1))
     _raises(TypeError, r"Shear: shear must be a Tensor \[2\] or None", lambda: Shear(0.3))
     _raises(ValueError, r"Affine: matrix must be a Tensor \[2, 3\]", lambda: Affine(torch.eye(2)))
@@ -260,6 +263,10 @@ def test_use_that_does_not_fit():
     _raises(ValueError, r"condition 'angle' must be \[C\]", lambda: rotate.at(w, {"angle": torch.zeros(())}))
     _raises(TypeError, "condition 'angle' must be float64", lambda: rotate.at(w, {"angle": torch.tensor([1])}))
     _raises(ValueError, "on cpu", lambda: rotate.at(w, {"angle": torch.zeros(1, device="meta")}))
+    scale = Scale()
+    scale.attach(w, layer)
+    zero = {"scale": torch.tensor([1.0, 0.0], dtype=D)}
+    _raises(ValueError, r"condition 'scale' must be positive, got 0\.0", lambda: scale.at(w, zero))
     same = Rotate()
     _raises(ValueError, "in it twice", lambda: (same + same).attach(w, layer))
     clash = Rotate(condition="c") + Shear(condition="c")
@@ -274,8 +281,9 @@ def test_use_that_does_not_fit():
     _raises(ValueError, r"must be \[C\]", lambda: permute.at(w, {"index": torch.tensor(1)}))
     _raises(TypeError, "must be integers", lambda: permute.at(w, {"index": torch.tensor([True])}))
     plain = nn.Conv2d(2, 3, 3)
-    plain.weight = wx.ComputedParameter(plain.weight, Rotate())
-    _raises(RuntimeError, "Rotate needs 'angle': use it in wx.Conditioned", lambda: plain.weight)
+    needing = wx.ComputedParameter(plain.weight, Rotate())
+    _raises(ValueError, "Rotate needs 'angle': use it in wx.Conditioned", lambda: setattr(plain, "weight", needing))
+    assert not wx.is_computed(plain)
 
 
 def test_an_equal_index_as_a_number_is_the_same():

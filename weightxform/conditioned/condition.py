@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +16,12 @@ from .._torch import capture_of, fake_or_proxy_mode, functorch_active
 from ..transform import describe
 
 Needs = Mapping[str | None, tuple[int, ...] | None]
+
+
+class Positive(tuple):
+    """In ``needs``, the shape of a condition whose numbers must be greater than 0."""
+
+    __slots__ = ()
 
 
 class Given:
@@ -70,11 +76,13 @@ class Given:
 
 
 def batch_of(input: Any) -> int | None:
-    """The first axis of the first tensor in a model's arguments."""
-    for x in tree_leaves(input):
-        if isinstance(x, Tensor):
-            return x.shape[0] if x.ndim else None
-    return None
+    """The first axis of the first tensor in a model's arguments that has one."""
+    return next((x.shape[0] for x in tree_leaves(input) if isinstance(x, Tensor) and x.ndim), None)
+
+
+def told(value: object) -> str:
+    """What was given, for error messages: of a tensor not its numbers, of anything else not more than a line."""
+    return describe(value) if isinstance(value, Tensor) else reprlib.repr(value)
 
 
 def given(
@@ -107,7 +115,9 @@ def given(
     seen = {name: v.detach().cpu() for name, v in rows.items()} if look else {}
     for name, v in seen.items():
         if v.is_floating_point() and not bool(v.isfinite().all()):
-            raise ValueError(f"{owner}: {name} must be finite, got {_first_bad(v)}")
+            raise ValueError(f"{owner}: {name} must be finite, got {first(v, ~v.isfinite())}")
+        if isinstance(needs.get(name), Positive) and not bool((v > 0).all()):
+            raise ValueError(f"{owner}: {name} must be positive, got {first(v, v <= 0)}")
     if not many:
         return Given(rows, 1, None, 1, _key(seen) if look else None)
     assert batch is not None
@@ -130,7 +140,7 @@ def _named(owner: str, condition: object, needs: Needs) -> dict[str, Any]:
         return dict(condition)
     if not needs:
         if condition is not None:
-            raise ValueError(f"{owner}: the transform takes no condition, got {condition!r}")
+            raise ValueError(f"{owner}: the transform takes no condition, got {told(condition)}")
         return {}
     if len(names) > 1:
         raise ValueError(f"{owner}: condition must be a mapping with {_listed(names)}, got {type(condition).__name__}")
@@ -156,14 +166,15 @@ def _rows(
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{owner}: {name} must be a number or a Tensor, got {type(value).__name__}")
-        if not torch.compiler.is_compiling() and not math.isfinite(value):
-            raise ValueError(f"{owner}: {name} must be finite, got {value}")
+        if not torch.compiler.is_compiling() and not abs(value) <= torch.finfo(dtype).max:
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{owner}: {name} must be finite in {kind}, got {told(value)}")
         if shape:
             raise ValueError(f"{owner}: {name} must be a tensor {_expected(shape, batch)}, got {value}")
         return torch.full((1,), value, dtype=dtype, device=device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{owner}: {name} must be real numbers, got {describe(value)}")
-    if value.device != device and (value.ndim or value.is_cuda):
+    if value.device != device and not (value.is_cpu and value.ndim == 0):
         raise ValueError(f"{owner}: {name} must be on {device} as the model is, got {describe(value)}")
     value = value.to(device, dtype if shape is not None or value.is_floating_point() else value.dtype)
     if shape is None:  # any: an axis in front is that of the batch
@@ -185,12 +196,14 @@ def _expected(shape: tuple[int, ...] | None, batch: int | None) -> str:
     inner = "" if not shape else ", ".join(map(str, shape))
     rows = "" if batch is None else f" or [{', '.join([str(batch), *([inner] if inner else [])])}] (one a sample)"
     if shape is None:
-        return "a number or [1, ...]" + (f" or [{batch}, ...] (one a sample)" if batch is not None else "")
+        rows = f" or [{batch}, ...] (one a sample)" if batch is not None else ""
+        return f"a number, or [1, ...] (one for all: condition[None] of a vector){rows}"
     return (f"[{inner}]" if inner else "a number") + rows
 
 
-def _first_bad(values: Tensor) -> float:
-    return float(values[~values.isfinite()].flatten()[0])
+def first(values: Tensor, where: Tensor) -> float:
+    """For error messages."""
+    return float(values.detach()[where][0])
 
 
 def _key(seen: Mapping[str, Tensor]) -> tuple:

@@ -30,7 +30,8 @@ class Experts(FilterTransform):
     Args:
         n: how many weights; 1 for factors alone.
         factors: of ``"expert"`` [n], ``"spatial"`` [K], ``"input"`` [I] and ``"output"`` [O], for a weight
-            [O, I, *kernel] as it is stored (of a grouped layer I is that of a group).
+            [O, I, *kernel] as it is stored: of a grouped layer I is that of a group; a ConvTranspose stores its input
+            channels first, so that there ``"output"`` scales its inputs and ``"input"`` its outputs.
         condition: where the factors are given and there is one: the name of its condition; ``None``: whichever single
             one there is. Several factors are conditions of their own names. With a net: the name of its condition.
         size, harmonics, hidden: a net of one condition gives the factors: of ``size`` numbers, or the ``harmonics`` of
@@ -79,6 +80,10 @@ class Experts(FilterTransform):
         self.hidden, self.softmax, self.noise = hidden, softmax, noise
         self.register_parameter("experts", None)
         self.register_module("net", None)
+
+    @property
+    def needs_kernel(self) -> bool:  # type: ignore[override]
+        return "spatial" in self.factors
 
     def extra_repr(self) -> str:
         f = self.features

@@ -145,6 +145,7 @@ class LowRank(_OfFeatures):
     """
 
     is_change = True
+    needs_kernel = False
     U: nn.Parameter
     V: nn.Parameter
 
@@ -242,6 +243,7 @@ class AffineHypernet(_OfFeatures):
     """
 
     is_change = True
+    needs_kernel = False
     H: nn.Parameter
 
     def __init__(

@@ -25,8 +25,9 @@ from ..swap import slots_of
 from .condition import Given, Needs, batch_of, given
 from .forms import FORMS
 from .layers import follow, leave, own_of, refuse_more
-from .select import Layer, choose, trace
-from .transform import FilterTransform, Warp
+from .select import Layer, choose
+from .tracing import trace
+from .transform import FilterTransform
 from .weight import ConditionedWeight
 
 _frozen: weakref.WeakSet[Conditioned] = weakref.WeakSet()
@@ -100,7 +101,7 @@ class Conditioned(nn.Module):
         require_int("Conditioned", "cache_size", cache_size, 0)
         ours = isinstance(transform, FilterTransform)
         found = {} if sample is None else trace("Conditioned", model, sample)
-        chosen = choose("Conditioned", model, layers, flattened, found, ours, ours and _only_warps(transform))
+        chosen = choose("Conditioned", model, layers, flattened, found, transform)
         shared = {id(p): p for p in transform.parameters()}  # the user's own, as in wx.Rotate(angle=parameter)
         maps: list[Any] = [copy.deepcopy(transform, dict(shared)) if ours else None for _ in chosen]
         weights = [ConditionedWeight(self, None, layer.shape) for layer in chosen]
@@ -374,9 +375,6 @@ def _tensors_of(layer: nn.Module) -> Iterator[Tensor]:
     yield layer._parameters["weight"]  # type: ignore[misc]
 
 
-def _only_warps(transform: nn.Module) -> bool:
-    parts = getattr(transform, "parts", None)
-    return isinstance(transform, Warp) if parts is None else all(map(_only_warps, parts))
 
 
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:

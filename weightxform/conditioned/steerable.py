@@ -12,6 +12,12 @@ cosine and sine columns of frequency m, and B+ its pseudo-inverse (Bc+ and Bs+ t
 (Weiler, Hamprecht and Storath 2018, "Learning Steerable Filters for Rotation Equivariant CNNs"; rings, widths and
 frequencies as e2cnn chooses them, Weiler and Cesa 2019.) A filter is in the span of B only in part: of 9 taps it has 6
 dimensions, of 25 it has 11. The residual acts on the rest, (1 - B B+) w.
+
+The taps of a kernel that is not square, or not dilated equally, hardly tell some of the harmonics from others, and B+
+would blow these up: |A| = 39 for 3x7, 105 for 3x3 with dilation (1, 2). B+ is there without the singular values below
+``CUTOFF`` of the largest, and what they stand for goes to the residual: |B R B+| <= 1 / CUTOFF for any turn R, and
+measured |A| <= 2.3 (of squares 1.2 to 1.7, with no cutoff). Leaving out whole harmonics instead turns smooth images
+worse: for 3x7 the relative error is 0.36, where this has 0.19.
 """
 
 from __future__ import annotations
@@ -27,9 +33,14 @@ from ..numerics import opmath
 from .transform import Conditions, Kernel, full_precision
 from .warps import Sampled
 
+CUTOFF = 0.3
+
 
 class Steerable(Sampled):
     """Turns every filter by an angle on circular harmonics: smooth in the angle, and exact on their span.
+
+    Of a kernel that is not square, or not dilated equally, combinations of harmonics that lie mostly outside of its
+    taps go to the residual, and the others turn as well as the taps tell: no filter more than 2.3 times as long.
 
     Args:
         angle, condition: as for :class:`Rotate`.
@@ -104,7 +115,8 @@ def _constants(plane: Kernel, frequencies: int | None, residual: str) -> Tensor:
     if frequencies is not None:
         keep = [i for i, m in enumerate(orders) if m <= frequencies]
         basis, orders = basis[:, keep], [orders[i] for i in keep]
-    inverse = torch.linalg.pinv(basis)
+    even = len(set(plane.size)) == len(set(plane.dilation)) == 1
+    inverse = torch.linalg.pinv(basis) if even else torch.linalg.pinv(basis, rtol=CUTOFF)
     rest = torch.eye(len(basis), dtype=basis.dtype) - basis @ inverse
     cosines, sines = [], []
     for m in range(1, max(orders) + 1):
@@ -126,7 +138,7 @@ def _basis(plane: Kernel) -> tuple[Tensor, list[int]]:
     y = (torch.arange(height, dtype=torch.float64) - (height - 1) / 2)[:, None] * dy / unit
     x = (torch.arange(width, dtype=torch.float64) - (width - 1) / 2)[None, :] * dx / unit
     r, phi = torch.hypot(y, x).flatten(), torch.atan2(y + 0 * x, x + 0 * y).flatten()
-    last = (max(height, width) - 1) / 2
+    last = float(max(abs(x).max(), abs(y).max()))  # the outermost ring touches the farther edge
     columns, orders = [], []
     ring = last % 1
     while ring <= last:

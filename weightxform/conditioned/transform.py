@@ -67,6 +67,7 @@ class FilterTransform(Transform):
     """
 
     is_change: ClassVar[bool] = False
+    needs_kernel: ClassVar[bool] = True  # False: it serves a Linear as it is, too
     shape: tuple[int, ...] | None = None  # of the weight that it serves
 
     def needs(self) -> Needs:
@@ -296,9 +297,9 @@ class _Pair(FilterTransform):
 
     def check(self, weight: Tensor, module: nn.Module | None) -> None:
         super().check(weight, module)
-        leaves = _leaves(self)
-        for i, leaf in enumerate(leaves):
-            if any(leaf is other for other in leaves[:i]):
+        mine = leaves(self)
+        for i, leaf in enumerate(mine):
+            if any(leaf is other for other in mine[:i]):
                 raise ValueError(f"{type(self).__name__}: one {type(leaf).__name__} is in it twice; make two of them")
             leaf.check(weight, module)
 
@@ -324,10 +325,10 @@ class _Pair(FilterTransform):
         raise NotImplementedError
 
 
-def _leaves(transform: FilterTransform) -> list[FilterTransform]:
+def leaves(transform: FilterTransform) -> list[FilterTransform]:  # of which it is the sum or chain
     if not isinstance(transform, _Pair):
         return [transform]
-    return [leaf for part in transform.parts for leaf in _leaves(part)]  # type: ignore[arg-type]
+    return [leaf for part in transform.parts for leaf in leaves(part)]  # type: ignore[arg-type]
 
 
 class Sum(_Pair):

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from .._torch import special_mode
 from ..checks import require_bool, require_choice, require_int, require_number
 from ..numerics import opmath
 from ..transform import describe, require_float
 from ..warp_matrix import function as warp_matrix
 from ..warp_matrix.reference import INTERPOLATIONS, PADDINGS
+from .condition import Positive, first
 from .transform import Conditions, Kernel, Needs, View, Warp, full_precision, numbers
 
 
@@ -42,10 +45,19 @@ class Source(NamedTuple):
             require_float(self.owner, self.argument, value)
             if tuple(value.shape) != self.shape:
                 raise ValueError(f"{self.owner}: {self.argument} must be {what} or None, got {describe(value)}")
+            if not value.is_meta and not special_mode():
+                self._check(value, self.argument)
         if isinstance(value, nn.Parameter) or value is None:
             module.register_parameter(self.attribute, value)
         else:
             module.register_buffer(self.attribute, value)
+
+    def _check(self, value: Tensor, name: str) -> None:
+        kind, wrong = "finite", ~value.isfinite()
+        if isinstance(self.shape, Positive):
+            kind, wrong = "positive", wrong | (value <= 0)
+        if bool(wrong.any()):
+            raise ValueError(f"{self.owner}: {name} must be {kind}, got {first(value, wrong)}")
 
     def own(self, module: Warp) -> Tensor | None:
         return getattr(module, self.attribute)
@@ -54,7 +66,10 @@ class Source(NamedTuple):
         """[C, *shape] in the opmath dtype of ``like``; C is 1 for the warp's own."""
         own = self.own(module)
         if own is None:
-            return numbers(self.owner, conditions, self.condition, self.shape, like)
+            given = numbers(self.owner, conditions, self.condition, self.shape, like)
+            if given.is_cpu and isinstance(self.shape, Positive) and not (is_compiling() or special_mode()):
+                self._check(given.detach(), f"condition {self.condition!r}")  # where looking costs nothing
+            return given
         if own.device != like.device:
             expected = f"on {like.device} as weight is"
             raise ValueError(f"{self.owner}: {self.argument} must be {expected}, got {describe(own)}")
@@ -161,6 +176,10 @@ class Rotate(Sampled):
 
     Dilated taps turn as they lie. The derivative in the angle is one-sided where a tap lands on a tap.
 
+    A filter turns within its own taps, and what leaves them is lost: of a square kernel the corners, of 1x7 or 7x1
+    taps at 90 degrees all but the middle one. Such layers are better left out (``layers=[...]``). Of a Linear layer the
+    inputs are turned; one whose outputs become a map, as the first of a generator, does not turn.
+
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was; when it is attached, for a kernel
             with one axis, or with three where ``axis`` is not given.
@@ -183,7 +202,7 @@ class Scale(Sampled):
     """Enlarges every filter about its middle: the new tap at x is the old kernel at x / scale.
 
     Args:
-        scale: > 0. ``None``, a number, a tensor: as ``angle`` of :class:`Rotate`.
+        scale: > 0, also where it is a condition. ``None``, a number, a tensor: as ``angle`` of :class:`Rotate`.
         condition: the name of the condition.
         isotropic: one number for all axes, of shape (); else two (s_x, s_y), of shape (2,), for two axes.
         interpolation, padding: as for :class:`Rotate`.
@@ -208,9 +227,7 @@ class Scale(Sampled):
         axis: int | None = None,
     ) -> None:
         require_bool("Scale", "isotropic", isotropic)
-        super().__init__("scale", scale, condition, () if isotropic else (2,), interpolation, padding, axis)
-        if self.scale is not None and not self.scale.is_meta and not bool((self.scale > 0).all()):
-            raise ValueError(f"Scale: scale must be positive, got {self.scale.tolist()}")
+        super().__init__("scale", scale, condition, Positive(() if isotropic else (2,)), interpolation, padding, axis)
 
     def plan(self, kernel: Kernel) -> View:
         if not self.source.shape and len(kernel.size) != 2 and self.axis is None:

@@ -72,6 +72,9 @@ class AdaptiveRotatedConv2d(nn.Module):
 
     Parameters: ``weight`` [n, O, I / groups, *kernel], ``bias`` [O], and those of ``router``.
 
+    In a model that :class:`weightxform.Conditioned` is given it stays as it is, unless ``layers`` names the convolution
+    of its router: its kernels follow its own input.
+
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """

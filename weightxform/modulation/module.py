@@ -18,6 +18,12 @@ from . import function
 FORMS = ("auto", "materialised", "activation")
 
 
+def _with_rms_1(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """``x`` over its root mean square; zeros stay zeros."""
+    squares = x.square().mean(axes, keepdim=True)
+    return x * squares.where(squares > 0, 1).rsqrt()
+
+
 class ModulatedConv2d(nn.Module):
     """A convolution whose input channels a style scales, for each sample; each output's filter then has norm 1.
 
@@ -33,12 +39,15 @@ class ModulatedConv2d(nn.Module):
             one sample or few channels. The numbers are the same.
         eps: added to the square of the norm.
         prenormalize: ``"rms"``: first divide each output's filter and each sample's s by its root mean square, as
-            StyleGAN3 (which takes one of s for the batch), so that eps is small beside it. It needs ``demodulate``.
+            StyleGAN3 (which takes one of s for the batch), so that eps is small beside it; zeros stay zeros. It needs
+            ``demodulate``.
         device, dtype: of the parameters.
 
     Parameters: ``weight`` [O, I, *kernel], ``bias`` [O], ``affine`` (a Linear; its bias is 1 at first). s and d are in
     float32 or wider, and a half type is kept in range: the filters and s are scaled by their largest before, and the
     output back.
+
+    In a model that :class:`weightxform.Conditioned` is given it stays as it is: its weight follows the style.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -125,9 +134,7 @@ class ModulatedConv2d(nn.Module):
         weight: Tensor = self.weight
         with per_sample.autocast_off(x):
             if self.prenormalize == "rms":
-                wide = weight.to(s.dtype)
-                weight = wide * wide.square().mean((1, 2, 3), keepdim=True).rsqrt()
-                s = s * s.square().mean(1, keepdim=True).rsqrt()
+                weight, s = _with_rms_1(weight.to(s.dtype), (1, 2, 3)), _with_rms_1(s, (1,))
             form = self._form(x) if self.form == "auto" else self.form
             y = (self._activation if form == "activation" else self._materialised)(x.to(dtype), weight, s)
             return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
