@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -106,6 +108,51 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def first_device(args: tuple) -> str | None:
+    """The type of the device of the first tensor among the arguments of an op, which may be in a list."""
+    for a in args:
+        if isinstance(a, (list, tuple)) and a:
+            a = a[0]
+        if isinstance(a, torch.Tensor):
+            return a.device.type
+    return None
+
+
+def cast_by_autocast(weight: torch.Tensor) -> torch.dtype | None:
+    """What autocast makes of the weight of a layer; ``None`` where it leaves it as it is, which float64 always is."""
+    return None if weight.dtype == torch.float64 else autocast_dtype(weight.device.type)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[object]:
+    """For what must not be rounded to a half type; enters nothing where autocast is off."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
+
+
+def unrounded(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, as float64 where autocast is on: that it leaves alone, also in a backward pass that is run there.
+
+    For the small products that torch differentiates. MPS has no float64: there autocast rounds them.
+    """
+    kind = tensor.device.type
+    return tensor if kind == "mps" or autocast_dtype(kind) is None else tensor.double()
+
+
+def outside_autocast(function: _F) -> _F:
+    """``function`` of tensors, with autocast off: where it multiplies matrices it would round them to a half type."""
+
+    @functools.wraps(function)
+    def outside(*args: Any) -> Any:
+        if torch.compiler.is_compiling():  # in terms that Dynamo knows
+            with autocast_off(first_device(args) or "cpu"):
+                return function(*args)
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch._C._DisableAutocast():  # for all devices, and far cheaper than torch.autocast
+            return function(*args)
+
+    return outside  # type: ignore[return-value]
 
 
 def not_compiled_alone(function: _F) -> _F:

@@ -3,7 +3,8 @@
 State stays on ``ctx`` and not in ``save_for_backward``, so that one computed weight serves many backward passes; a
 write to the weight in between raises. A Function with ``jvp`` cannot be traced by Dynamo, so forward-mode AD is in a
 subclass that only eager code uses; and ``apply`` inspects the signature of a Function with ``setup_context`` at each
-call (20 us), which only torch.func needs, so plain eager code gets one whose forward does both.
+call (20 us), which only torch.func needs, so plain eager code gets one whose forward does both. What multiplies
+matrices in torch ops, where no op of ours does, is ``outside_autocast``, and ``unrounded`` where it is :func:`inlined`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import per_sample
+from ._torch import unrounded
 from .checks import require_bool, require_choice, require_dim, require_int, require_number, require_positive
 from .filter_mlp import function as _fm
 from .filter_mlp.reference import ACTIVATIONS
@@ -22,7 +24,7 @@ from .subspace.projections import NORMALIZE, Projection, projection_of
 from .subspace.select import fan_in_sigma
 from .transform import describe, require_float
 from .warp_matrix import function as _wm
-from .warp_matrix.reference import INTERPOLATIONS, PADDINGS
+from .warp_matrix.reference import INTERPOLATIONS, MOST_TAPS, PADDINGS
 
 
 def spectral_norm(
@@ -149,8 +151,8 @@ def filter_warp(weight: Tensor, matrix: Tensor, *, dtype: torch.dtype | None = N
     """Every filter with its taps mapped: ``out[..., p] = sum over q of  matrix[p, q] weight[..., q]``.
 
     Args:
-        weight: [O, I, *kernel], any strides; float64, float32, bfloat16, float16. K is the number of taps.
-        matrix: [K, K], or [B, K, K] for B conditions, float32 or float64; converted to the dtype of the sums (float64
+        weight: [O, I, *kernel], any strides; float64, float32, bfloat16, float16. K > 0 is the number of taps.
+        matrix: [K, K], or [B, K, K] for B conditions, of one of these dtypes; converted to that of the sums (float64
             for a float64 weight, else float32). [B, E, K, K] with a weight [E, O, I, *kernel]: the sum over E banks.
         dtype: of the result; default, the weight's.
 
@@ -167,6 +169,8 @@ def filter_warp(weight: Tensor, matrix: Tensor, *, dtype: torch.dtype | None = N
         shape = "[E, O, I, *kernel]" if banks else "[O, I, *kernel]"
         raise ValueError(f"filter_warp: weight must be {shape}, got {describe(weight)}")
     taps = weight.shape[2 + banks :].numel()
+    if not taps or (banks and not weight.shape[0]):
+        raise ValueError(f"filter_warp: weight must have a tap{' and a bank' * banks}, got {describe(weight)}")
     expected = (weight.shape[0], taps, taps) if banks else (taps, taps)
     if matrix.ndim not in (2, 3, 4) or tuple(matrix.shape[-len(expected) :]) != expected:
         shape = f"[B, {weight.shape[0]}, {taps}, {taps}]" if banks else f"[{taps}, {taps}] or [B, {taps}, {taps}]"
@@ -204,7 +208,7 @@ def rotation_matrix(
     """
     if not isinstance(angle, Tensor):
         require_number("rotation_matrix", "angle", angle)
-        angle = torch.tensor(angle, dtype=torch.get_default_dtype())
+        angle = torch.tensor(angle, dtype=opmath(torch.get_default_dtype()))
     require_float("rotation_matrix", "angle", angle)
     if angle.ndim > 1:
         raise ValueError(f"rotation_matrix: angle must be a number, 0-dim or [B], got {describe(angle)}")
@@ -245,20 +249,13 @@ def affine_matrix(
 def _warp_options(
     owner: str, kind: str, kernel_size: object, interpolation: object, padding: object, dilation: object
 ) -> _wm.Options:
-    height, width = _pair(owner, "kernel_size", kernel_size)
-    dy, dx = _pair(owner, "dilation", dilation)
+    height, width = per_sample.pair(owner, "kernel_size", kernel_size, 1)
+    if max(height, width) > MOST_TAPS:
+        raise ValueError(f"{owner}: kernel_size must be at most {MOST_TAPS}, got {kernel_size!r}")
+    dy, dx = per_sample.pair(owner, "dilation", dilation, 1)
     require_choice(owner, "interpolation", interpolation, INTERPOLATIONS)
     require_choice(owner, "padding", padding, PADDINGS)
     return _wm.Options(kind, height, width, float(dy), float(dx), str(interpolation), str(padding))
-
-
-def _pair(owner: str, name: str, value: object) -> tuple[int, int]:
-    pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{owner}: {name} must be an int or two of them, got {value!r}")
-    for number in pair:
-        require_int(owner, name, number, 1)
-    return pair
 
 
 def modulate(
@@ -313,7 +310,7 @@ def filter_mlp(
     """Every filter mapped by one small network of its taps and a condition: ``w + w2 act(w1 [w, c] + b1) + b2``.
 
     Args:
-        weight: [O, I, *kernel], K taps each; float64, float32, bfloat16, float16.
+        weight: [O, I, *kernel], K > 0 taps each; float64, float32, bfloat16, float16.
         condition: [n], or [B, n] for B of them.
         w1, b1, w2, b2: [H, K + n] (the columns of the taps first), [H], [K, H], [K]. These and the condition are
             converted to the dtype of the sums: float64 for a float64 weight, else float32.
@@ -336,6 +333,8 @@ def filter_mlp(
     if condition.ndim not in (1, 2):
         raise ValueError(f"filter_mlp: condition must be [n] or [B, n], got {describe(condition)}")
     taps, hidden = weight.shape[2:].numel(), w1.shape[0] if w1.ndim else 0
+    if not taps:
+        raise ValueError(f"filter_mlp: weight must have a tap, got {describe(weight)}")
     shapes = {
         "w1": (w1, (hidden, taps + condition.shape[-1])),
         "b1": (b1, (hidden,)),
@@ -352,7 +351,7 @@ def filter_mlp(
     wide = opmath(weight.dtype)
     conditions = (condition if condition.ndim == 2 else condition[None]).to(wide)
     first = w1.to(wide)
-    v = torch.addmm(b1.to(wide), conditions, first[:, taps:].T)
+    v = torch.addmm(*map(unrounded, (b1.to(wide), conditions, first[:, taps:].T)))
     out = _fm.apply(weight.reshape(-1, taps), v, first[:, :taps], w2, b2, activation, residual, dtype)
     return out.reshape((conditions.shape[0], *weight.shape) if condition.ndim == 2 else weight.shape)
 

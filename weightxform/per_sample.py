@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,8 +54,3 @@ def require_images(owner: str, x: object, channels: int, weight: Tensor) -> None
         raise ValueError(f"{owner}: x must be [B, {channels}, H, W] on {weight.device}, got {describe(x)}")
     if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"{owner}: x must be {weight.dtype} as the weight is, got {describe(x)}")
-
-
-def autocast_off(x: Tensor) -> torch.autocast:
-    """For what must not be rounded to a half type."""
-    return torch.autocast(x.device.type, enabled=False)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import backends
+from ._torch import first_device, outside_autocast
 from .numerics import FLOAT_DTYPES
 
 LIBRARY = torch.library.Library("weightxform", "FRAGMENT")
@@ -63,19 +64,10 @@ class Op:
         call = backends.forced_call(self.name, self.default, self.reference_overload, self.triton)
         name = backends.forced
         if name in backends.DEVICES:
-            device = _first_device(args)
+            device = first_device(args)
             if device is not None and device not in backends.DEVICES[name]:
                 raise RuntimeError(f"{self.name}: backend {name!r} is forced, but the tensors are on {device!r}")
         return call(*args)
-
-
-def _first_device(args: tuple) -> str | None:
-    for a in args:
-        if isinstance(a, (list, tuple)) and a:
-            a = a[0]
-        if isinstance(a, torch.Tensor):
-            return a.device.type
-    return None
 
 
 def _overload(op: Op, suffix: str, kernel: Callable[..., Any], key: str) -> Any:
@@ -90,8 +82,9 @@ def register(op: Op) -> Op:
     """Define ``op`` with its reference on every device, and list it for tests, ``verify`` and benchmarks."""
     if op.name in OPS:
         raise ValueError(f"an op named {op.name!r} is registered already")
-    op.default = _overload(op, "", op.reference, "CompositeExplicitAutograd")
-    op.reference_overload = _overload(op, "reference", op.reference, "CompositeExplicitAutograd")
+    kernel = outside_autocast(op.reference)  # which is on below an op as well
+    op.default = _overload(op, "", kernel, "CompositeExplicitAutograd")
+    op.reference_overload = _overload(op, "reference", kernel, "CompositeExplicitAutograd")
     OPS[op.name] = op
     return op
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast, unrounded
 from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import filter_mlp_bwd, filter_mlp_fwd
+
+_gradients = outside_autocast(reference.gradients)
 
 
 class FilterMLPFunction(torch.autograd.Function):
@@ -30,12 +33,12 @@ class FilterMLPFunction(torch.autograd.Function):
         if grad is None or not any(needed):
             return (None,) * 8
         if ctx.unchanged is not None:
-            ctx.unchanged.check()
+            ctx.unchanged.check([0, 1, 2] * any(needed[:4]) + [3] * any(needed[:3]))  # what they read; db2 nothing
         arguments = ctx.weight, ctx.v, ctx.w1, ctx.w2, ctx.activation, ctx.residual
         if through_ops():
             grads = filter_mlp_bwd(dense(grad).contiguous(), *arguments, needed[0])
         else:
-            dweight, *others = reference.gradients(grad, *arguments)
+            dweight, *others = _gradients(grad, *arguments)
             grads = (dweight.to(ctx.weight.dtype), *others)
         return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None)
 
@@ -64,6 +67,7 @@ class FilterMLPEager(FilterMLPFunction):
         ctx.out_dtype = output.dtype
 
     @staticmethod
+    @outside_autocast
     def jvp(ctx, weight_t, v_t, w1_t, w2_t, b2_t, *_):
         w = ctx.weight.to(ctx.v.dtype)
         x = w @ ctx.w1.T + ctx.v[:, None, :]
@@ -100,6 +104,7 @@ def apply(
     weight = weight.contiguous()
     v, w1, w2, b2 = (t.to(wide).contiguous() for t in (v, w1, w2, b2))
     if inlined():
+        v, w1, w2, b2 = (unrounded(t) for t in (v, w1, w2, b2))
         return reference.apply(weight, v, w1, w2, b2, activation, residual).to(out_dtype or weight.dtype)
     function = variant(FilterMLPFunction, FilterMLPEager, FilterMLPJoined)
     return function.apply(weight, v, w1, w2, b2, activation, residual, out_dtype)

@@ -28,7 +28,7 @@ def tanh(x):
 def activated(x, ACTIVATION: tl.constexpr):
     """(activation(x), activation'(x))."""
     if ACTIVATION == "relu":
-        return tl.where(x < 0, 0, x), tl.where(x > 0, x * 0 + 1, 0)
+        return tl.where(x < 0, 0, x), (x > 0).to(x.dtype)
     elif ACTIVATION == "tanh":
         h = tanh(x)
         return h, 1 - h * h

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast, unrounded
 from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import filter_warp_bwd, filter_warp_fwd
 
 
+@outside_autocast
 def _differentiable_backward(grad, weight, a, need_weight, need_a):
     """As the op, in torch ops that autograd and vmap see through."""
     g = grad.to(a.dtype)
@@ -37,7 +39,7 @@ class FilterWarpFunction(torch.autograd.Function):
         if grad is None or not (need_weight or need_a):
             return None, None, None
         if ctx.unchanged is not None:
-            ctx.unchanged.check()
+            ctx.unchanged.check([1] * need_weight + [0] * need_a)  # what each of them reads
         ops = through_ops()
         backward = filter_warp_bwd if ops else _differentiable_backward
         grad = dense(grad)
@@ -62,6 +64,7 @@ class FilterWarpEager(FilterWarpFunction):
     """The same with forward-mode AD."""
 
     @staticmethod
+    @outside_autocast
     def jvp(ctx, weight_t, a_t, _):
         weight, a = ctx.weight.to(ctx.a.dtype), ctx.a
         tangent = None if weight_t is None else reference.apply(weight_t, a)
@@ -87,5 +90,5 @@ def apply(weight: Tensor, a: Tensor, out_dtype: torch.dtype | None = None) -> Te
     """
     weight, a = weight.contiguous(), a.to(opmath(weight.dtype)).contiguous()
     if inlined():
-        return reference.apply(weight, a).to(out_dtype or weight.dtype)
+        return reference.apply(weight, unrounded(a)).to(out_dtype or weight.dtype)
     return variant(FilterWarpFunction, FilterWarpEager, FilterWarpJoined).apply(weight, a, out_dtype)

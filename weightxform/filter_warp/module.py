@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import per_sample
-from .._torch import autocast_dtype
+from .._torch import autocast_off, cast_by_autocast
 from ..checks import require_bool, require_choice, require_int, require_positive
 from ..numerics import opmath
 from ..warp_matrix import function as warp_matrix
@@ -42,7 +42,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled = F.relu(self.norm(self.depthwise(x))).mean((2, 3))
-        with per_sample.autocast_off(x):  # a half type has 0.2 degrees at 90
+        with autocast_off(x.device.type):  # a half type has 0.2 degrees at 90
             f = pooled.to(opmath(pooled.dtype))
             z, g = (F.linear(f, m.weight.to(f.dtype), _like(m.bias, f)) for m in (self.angle, self.gate))
             if self.max_angle is not None:
@@ -162,7 +162,7 @@ class AdaptiveRotatedConv2d(nn.Module):
             "rotate", height, width, float(dy), float(dx), self.interpolation, self.padding_of_kernel
         )
         wide, taps = opmath(self.weight.dtype), height * width
-        with per_sample.autocast_off(x):
+        with autocast_off(x.device.type):
             a = warp_matrix.apply(angles.to(wide).reshape(-1, 1), options).reshape(*angles.shape, taps, taps)
             a = a * gates.to(wide)[:, :, None, None]
             out = filter_warp.apply(self.weight.reshape(self.n_kernels, -1, taps), a, dtype)
@@ -170,6 +170,5 @@ class AdaptiveRotatedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [B, O, H', W'] of x [B, I, H, W]."""
-        per_sample.require_images("AdaptiveRotatedConv2d", x, self.in_channels, self.weight)
-        weights = self.weights(x, autocast_dtype(x.device.type))
+        weights = self.weights(x, cast_by_autocast(self.weight))
         return per_sample.conv2d(x, weights, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast, unrounded
 from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import modulate_bwd, modulate_fwd
+
+
+@outside_autocast
+def _differentiable_backward(grad, weight, style, demodulate, eps):
+    """As the op, in torch ops that autograd and vmap see through; d is a function of both again."""
+    d = reference.scales(weight, style, demodulate, eps)
+    dweight, dstyle = reference.gradients(grad, weight, style, d, demodulate)
+    return dweight.to(weight.dtype), dstyle
 
 
 class ModulateFunction(torch.autograd.Function):
@@ -32,16 +41,15 @@ class ModulateFunction(torch.autograd.Function):
         if grad is None or not (need_weight or need_style):
             return None, None, None, None, None
         if ctx.unchanged is not None:
-            ctx.unchanged.check()
+            # without demodulation each of them reads the other
+            ctx.unchanged.check(None if ctx.demodulate else [1] * need_weight + [0] * need_style)
         weight, style = ctx.weight, ctx.style
         if through_ops():
             dweight, dstyle = modulate_bwd(
                 dense(grad).contiguous(), weight, style, ctx.d, ctx.demodulate, need_weight, need_style
             )
         else:
-            d = reference.scales(weight, style, ctx.demodulate, ctx.eps)  # a function of both again
-            dweight, dstyle = reference.gradients(grad, weight, style, d, ctx.demodulate)
-            dweight = dweight.to(weight.dtype)
+            dweight, dstyle = _differentiable_backward(grad, weight, style, ctx.demodulate, ctx.eps)
         return dweight if need_weight else None, dstyle if need_style else None, None, None, None
 
     @staticmethod
@@ -74,8 +82,10 @@ class ModulateEager(ModulateFunction):
         ctx.out_dtype = output[0].dtype
 
     @staticmethod
+    @outside_autocast
     def jvp(ctx, weight_t, style_t, *_):
-        style, d = ctx.style, ctx.d
+        style = ctx.style
+        d = reference.scales(ctx.weight, style, ctx.demodulate, ctx.eps)  # ctx.d has no graph, which reverse mode needs
         w = ctx.weight.to(style.dtype)
         energy = (w**2).sum(-1)
         scale_t, sigma_t = torch.zeros_like(d[:, :, None] * style[:, None, :]), torch.zeros_like(d)
@@ -110,5 +120,5 @@ def apply(weight: Tensor, style: Tensor, demodulate: bool, eps: float, out_dtype
     """
     style = style.to(opmath(weight.dtype))
     if inlined():
-        return reference.apply(weight, style, demodulate, eps).to(out_dtype or weight.dtype)
+        return reference.apply(weight, unrounded(style), demodulate, eps).to(out_dtype or weight.dtype)
     return _both(weight, style, demodulate, eps, out_dtype)[0]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import per_sample
-from .._torch import autocast_dtype
+from .._torch import autocast_off, cast_by_autocast
 from ..checks import require_bool, require_choice, require_int, require_positive
 from ..numerics import opmath
 from ..transform import describe, require_float
@@ -44,8 +44,8 @@ class ModulatedConv2d(nn.Module):
         device, dtype: of the parameters.
 
     Parameters: ``weight`` [O, I, *kernel], ``bias`` [O], ``affine`` (a Linear; its bias is 1 at first). s and d are in
-    float32 or wider, and a half type is kept in range: the filters and s are scaled by their largest before, and the
-    output back.
+    float32 or wider, and a half type is kept in range: the filters and s are scaled to norm and size 1 at most before,
+    and the output back.
 
     In a model that :class:`weightxform.Conditioned` is given it stays as it is: its weight follows the style.
 
@@ -118,7 +118,7 @@ class ModulatedConv2d(nn.Module):
         if style.ndim != 2 or style.shape[1] != self.style_features or style.device != self.weight.device:
             expected = f"[B, {self.style_features}] on {self.weight.device}"
             raise ValueError(f"ModulatedConv2d: style must be {expected}, got {describe(style)}")
-        with per_sample.autocast_off(style):
+        with autocast_off(style.device.type):
             wide = opmath(self.weight.dtype)
             return F.linear(style.to(wide), self.affine.weight.to(wide), self.affine.bias.to(wide))
 
@@ -130,9 +130,9 @@ class ModulatedConv2d(nn.Module):
             raise ValueError(
                 f"ModulatedConv2d: style must have a row for each of {x.shape[0]} images, got {s.shape[0]}"
             )
-        dtype = autocast_dtype(x.device.type) or self.weight.dtype
+        dtype = cast_by_autocast(self.weight) or self.weight.dtype
         weight: Tensor = self.weight
-        with per_sample.autocast_off(x):
+        with autocast_off(x.device.type):
             if self.prenormalize == "rms":
                 weight, s = _with_rms_1(weight.to(s.dtype), (1, 2, 3)), _with_rms_1(s, (1,))
             form = self._form(x) if self.form == "auto" else self.form
@@ -153,15 +153,16 @@ class ModulatedConv2d(nn.Module):
     def _activation(self, x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
         after: Tensor | None = None
         if self.demodulate:
-            energy = torch.linalg.vector_norm(weight.flatten(2), dim=2, dtype=s.dtype).square()
+            energy = weight.flatten(2).to(s.dtype).square().sum(2)
             after = torch.addmm(s.new_full((1, 1), self.eps), s.square(), energy.T).rsqrt()  # d [B, O]
-        if x.dtype != s.dtype:  # a half type: what goes into the convolution is scaled to at most 1, and back behind it
+        if x.dtype != s.dtype:  # a half type: no s is larger than 1 in the convolution, no filter has a larger norm
             with torch.no_grad():
                 of_s, of_w = s.abs().amax(1, keepdim=True), weight.abs().amax((1, 2, 3)).to(s.dtype)
+                of_w = of_w * weight[0].numel() ** 0.5
                 of_s, of_w = of_s.where(of_s > 0, 1), of_w.where(of_w > 0, 1)
             s, weight = s / of_s, weight.to(s.dtype) / of_w[:, None, None, None]
             after = of_s * of_w if after is None else after * of_s * of_w
         y = F.conv2d(
             x * s.to(x.dtype)[:, :, None, None], weight.to(x.dtype), None, self.stride, self.padding, self.dilation
         )
-        return y if after is None else y * after.to(y.dtype)[:, :, None, None]
+        return y if after is None else (y * after[:, :, None, None]).to(y.dtype)  # after may be beyond a half type

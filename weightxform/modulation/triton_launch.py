@@ -1,6 +1,6 @@
 """The ops of modulation on Triton: arguments and launches. The kernels are in ``triton_kernels.py``.
 
-Two launches forward (one without demodulation), at most four backward, of which one reads G.
+Two launches forward (without demodulation one of them writes d = 1), at most four backward, of which one reads G.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast, unrounded
 from ..autograd import dense, differentiable, guard, inlined, joined, through_ops, variant
 from ..numerics import opmath
 from . import reference
 from .op import spectral_norm_bwd, spectral_norm_bwd_list, spectral_norm_fwd, spectral_norm_fwd_list, state_size
 
 
+@outside_autocast
 def _differentiable_backward(dout: Tensor, weight: Tensor, state: Tensor, gain: Tensor | None, dim: int, bound: Any):
     """(dweight, dgain) in torch ops that autograd and vmap see through; sigma is a function of weight again."""
     h, w = reference.matrix_shape(weight, dim)
@@ -70,6 +72,12 @@ class SpectralNormEager(SpectralNormFunction):
     """The same with forward-mode AD."""
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        SpectralNormFunction.setup_context(ctx, inputs, output)
+        ctx.out_dtype = output[0].dtype
+
+    @staticmethod
+    @outside_autocast
     def jvp(ctx, weight_t, u_t, v_t, gain_t, *_):
         weight, state, gain = ctx.weight.to(ctx.state.dtype), ctx.state, ctx.gain
         h, w = reference.matrix_shape(weight, ctx.dim)
@@ -83,16 +91,17 @@ class SpectralNormEager(SpectralNormFunction):
                 tangent = gain * tangent
         if gain_t is not None:
             tangent = tangent + gain_t * s * weight
-        return tangent.to(ctx.weight.dtype), None
+        return tangent.to(ctx.out_dtype), None
 
 
 def _inline(weight, u, v, gain, dim, n_iter, eps, v_first, bound, out_dtype) -> tuple[Tensor, Tensor]:
     """:func:`apply` in torch ops that every transform of ``torch.func`` sees through."""
-    raw = weight.to(opmath(weight.dtype))
+    state_dtype = opmath(weight.dtype)
+    raw = unrounded(weight.to(state_dtype))
     w = reference.as_matrix(raw, dim).detach()
     u, v = reference.iterate(w, u.to(raw.dtype).detach(), v.to(raw.dtype).detach(), n_iter, eps, v_first)
     out = reference.apply(raw, u, v, gain, dim, bound).to(out_dtype or weight.dtype)
-    return out, torch.cat([u, v, (u @ (w @ v)).reshape(1)])
+    return out, torch.cat([u, v, (u @ (w @ v)).reshape(1)]).to(state_dtype)
 
 
 SpectralNormJoined = joined(SpectralNormEager)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast
 from ..autograd import dense, differentiable, guard, joined, through_ops, variant
 from ..numerics import opmath
 from . import op
@@ -76,6 +77,7 @@ class Call(NamedTuple):
         return [self.options[m] + first for m, first in zip(self.members, self.firsts, strict=True)]
 
 
+@outside_autocast
 def _kronecker_forward(call: Call, z: Tensor, tables: Sequence[Tensor], theta0: Sequence[Tensor]) -> list[Tensor]:
     p1, p2 = tables
     d1, d2 = p1.shape[1], p2.shape[1]
@@ -89,6 +91,7 @@ def _kronecker_forward(call: Call, z: Tensor, tables: Sequence[Tensor], theta0: 
     return outs
 
 
+@outside_autocast
 def _kronecker_backward(call: Call, grads: Sequence[Tensor], tables: Sequence[Tensor], batch: int) -> Tensor:
     p1, p2 = tables
     lead = (batch,) if batch else ()

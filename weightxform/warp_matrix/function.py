@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import outside_autocast, unrounded
 from ..autograd import differentiable, guard, inlined, joined, through_ops, variant
 from . import reference
 from .op import warp_matrix_bwd, warp_matrix_fwd
+
+_backward, _tangent = outside_autocast(reference.backward), outside_autocast(reference.tangent)
 
 
 class Options(NamedTuple):
@@ -46,7 +49,7 @@ class WarpMatrixFunction(torch.autograd.Function):
             ctx.unchanged.check()
         if through_ops():
             return warp_matrix_bwd(grad.contiguous(), ctx.params, *ctx.options), *nothing
-        return reference.backward(grad, ctx.params, *ctx.options), *nothing
+        return _backward(grad, ctx.params, *ctx.options), *nothing
 
     @staticmethod
     def vmap(info, in_dims, params, *options):
@@ -60,7 +63,7 @@ class WarpMatrixEager(WarpMatrixFunction):
 
     @staticmethod
     def jvp(ctx, params_t, *_):
-        return reference.tangent(params_t, ctx.params, *ctx.options)
+        return _tangent(params_t, ctx.params, *ctx.options)
 
 
 WarpMatrixJoined = joined(WarpMatrixEager)
@@ -71,5 +74,5 @@ def apply(params: Tensor, options: Options) -> Tensor:
     """A [B, K, K] of params [B, P], float64 or float32, differentiable."""
     params = params.contiguous()
     if inlined():
-        return reference.forward(params, *options)
+        return reference.forward(unrounded(params), *options).to(params.dtype)
     return variant(WarpMatrixFunction, WarpMatrixEager, WarpMatrixJoined).apply(params, *options)

@@ -38,6 +38,7 @@ from torch import Tensor
 KINDS = {"affine": 6, "rotate": 1, "scale": 2, "shear": 2}  # how many numbers each has
 INTERPOLATIONS = ("bilinear", "bicubic")
 PADDINGS = ("zeros", "border")
+MOST_TAPS = 4096  # along an axis: kernels count them in 32 bits
 
 
 def matrix(params: Tensor, kind: str) -> Tensor:

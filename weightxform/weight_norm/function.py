@@ -64,6 +64,11 @@ class WeightNormEager(WeightNormFunction):
     """The same with forward-mode AD."""
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        WeightNormFunction.setup_context(ctx, inputs, output)
+        ctx.out_dtype = output[0].dtype
+
+    @staticmethod
     def jvp(ctx, weight_t, g_t, *_):
         raw = ctx.weight.to(ctx.norms.dtype)
         norms = reference.row_norms(raw, ctx.dim)
@@ -75,7 +80,7 @@ class WeightNormEager(WeightNormFunction):
             tangent = reference.per_row(ctx.g / norms, raw, ctx.dim) * across
         if g_t is not None:
             tangent = tangent + reference.per_row(g_t, raw, ctx.dim) * direction
-        return tangent.to(ctx.weight.dtype), None
+        return tangent.to(ctx.out_dtype), None
 
 
 WeightNormJoined = joined(WeightNormEager)
