@@ -1,5 +1,6 @@
 // e^x on vectors, to about one rounding: x = n ln 2 + r with |r| <= ln(2) / 2, then a Taylor polynomial in r and 2^n by
-// its bits. NaN stays NaN; below the smallest normal number the result is one, above the largest power of two that.
+// its bits. NaN stays NaN. x counts as at least kLow, at most kHigh: in float e^-87.3 = 1.2e-38 and e^88.3 = 2.2e38, a
+// little inside the range of normal numbers.
 #pragma once
 #include "simd.h"
 

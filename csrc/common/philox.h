@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(WX_SIMT)
-#define WX_HOST_DEVICE __host__ __device__
-#else
-#define WX_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace wx {
 

@@ -40,6 +40,7 @@ struct Shape {
     conditions = v.size(0), filters = weight.size(0), taps = weight.size(1), hidden = v.size(1);
     check(to_dims(w1.sizes()) == Dims({hidden, taps}) && to_dims(w2.sizes()) == Dims({taps, hidden}),
           "v must be [B, H], w1 [H, K] and w2 [K, H]");
+    check(hidden >= 1 && taps >= 1, "there must be a hidden unit and a tap");
   }
   int64_t work() const { return conditions * filters * taps * hidden; }
 };

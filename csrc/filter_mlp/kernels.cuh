@@ -1,34 +1,27 @@
 // The network over each filter on a GPU; reference.py has the maths. Nothing of the size of the hidden layer is stored.
 //
 //   forward    the weight (once for each few conditions), the output written: one launch
-//   backward   G read once; the weight read and written; parts of the sums, for each of at most 528 groups of filters
-//              as many numbers as dv, dw1 and dw2 have: two launches; a third adds dweight up where there are more than
-//              64 hidden units (or unusual taps)
+//   backward   G read once for each 64 hidden units (with unusual taps for each 32, and for each 8 taps); the weight
+//              read and written; parts of the sums, for each of at most 528 groups of filters as many numbers as dv,
+//              dw1 and dw2 have: two launches; a third adds dweight up where there are more than 64 hidden units (or
+//              unusual taps)
 //
 // With H units the arithmetic is 2 H K products for each number of K forward, 4 H K backward: from about 20 units on it
 // takes longer than memory.
 #pragma once
-#include <type_traits>
-
+#include "../common/taps.cuh"
 #include "network_any.cuh"
 
 namespace wx::gpu::mlp {
 
-// f(K) where there is a kernel for so many taps, of float32 sums; whether there is.
-template <class C, int... Ks, class F>
-bool for_taps(const Sizes& o, const F& f) {
-  if constexpr (std::is_same_v<C, float>)
-    return ((o.taps == Ks && (f(std::integral_constant<int, Ks>{}), true)) || ...);
-  else
-    return false;
-}
-
 template <class C>
 void launch_network(const Input& weight, const Layers<C>& net, const Output& out, const Sizes& o, cudaStream_t stream) {
-  const bool done = for_taps<C, 3, 4, 9, 25>(o, [&](auto k) {
-    constexpr int K = decltype(k)::value;
-    const int64_t blocks = ceil_div<int64_t>(o.filters, kThreads) * ceil_div(o.batch, kAtOnce<K>);
-    WX_LAUNCH(network<K>, static_cast<unsigned>(blocks), kThreads, stream, weight, net, out, o);
+  const bool done = for_taps<C, 3, 4, 9, 25>(o.taps, [&](auto k) {
+    constexpr int K = decltype(k)::value, N = kAtOnce<K>;
+    const int n = o.batch == 1 ? 1 : o.batch <= N / 2 ? N / 2 : N;
+    const auto kernel = n == 1 ? network<K, 1> : n == N ? network<K, N> : network<K, N / 2>;
+    const int64_t blocks = ceil_div<int64_t>(o.filters, kThreads) * ceil_div(o.batch, n);
+    WX_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, stream, weight, net, out, o);
   });
   if (done) return;
   const int64_t blocks = ceil_div<int64_t>(o.filters, 32) * o.batch * ceil_div(o.taps, kWarps * kTaps);
@@ -43,7 +36,7 @@ struct Cut {
 
   template <class C>
   __host__ static Cut of(const Sizes& o) {
-    const bool usual = for_taps<C, 3, 4, 9>(o, [](auto) {});
+    const bool usual = for_taps<C, 3, 4, 9>(o.taps, [](auto) {});
     if (!usual) return {false, ceil_div(o.hidden, 32), Groups::of(o.filters, 1, kMostGroups / 2)};
     return {true, o.hidden <= 32 ? 1 : ceil_div(o.hidden, 64), Groups::of(o.filters, kTile, kMostGroups)};
   }
@@ -56,7 +49,7 @@ void launch_network_grads(const Input& grad, const Input& weight, const Layers<C
                           C* weight_parts, C* parts, const Targets<4>& sums, const Sizes& o, cudaStream_t stream) {
   const Cut cut = Cut::of<C>(o);
   const Output to = weight_parts ? Output{weight_parts, kFormatOf<C>} : dweight;
-  for_taps<C, 3, 4, 9>(o, [&](auto k) {
+  for_taps<C, 3, 4, 9>(o.taps, [&](auto k) {
     constexpr int K = decltype(k)::value;
     const auto kernel = o.hidden <= 16   ? network_grads<K, 16, 1>
                         : o.hidden <= 32 ? network_grads<K, 32, 1>

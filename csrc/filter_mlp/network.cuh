@@ -53,7 +53,7 @@ struct Activated {
     const C power = expm1_of(silu ? -x : x < 0 ? 2 * x : -2 * x), part = inverse(2 + power);
     const C tanh = x < 0 ? power * part : -power * part, by_silu = x * part;
     value = silu ? by_silu : tanh;
-    slope = silu ? part + by_silu * (1 - part) : 1 - tanh * tanh;
+    slope = silu ? part + by_silu * (1 - part) : 4 * (1 + power) * (part * part);  // 1 - tanh^2 would cancel
   }
 };
 

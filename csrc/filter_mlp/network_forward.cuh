@@ -5,16 +5,17 @@
 namespace wx::gpu::mlp {
 
 constexpr int kUnits = 32;  // hidden units in shared memory at a time
-template <int K>            // conditions at a time
+template <int K>            // conditions at a time, at the most
 constexpr int kAtOnce = K <= 9    ? 8
                         : K <= 27 ? 2
                                   : 1;
 
-template <int K>
+// N conditions at a time.
+template <int K, int N>
 __global__ void __launch_bounds__(kThreads, 3)
     network(const Input weight, const Layers<float> net, const Output out, const Sizes o) {
   using C = float;
-  constexpr int N = kAtOnce<K>, kStride = K | 1;
+  constexpr int kStride = K | 1;
   __shared__ C units[kUnits][2 * K], biases[kUnits][N], tile[kThreads * kStride];
   const int64_t rounds = ceil_div(o.batch, N), index = divide(blockIdx.x, rounds), first = index * kThreads;
   const int begin = static_cast<int>(blockIdx.x - index * rounds) * N;

@@ -19,10 +19,15 @@ WX_INLINE void activate(const typename Packs<C, Bytes>::F& x, typename Packs<C, 
     if constexpr (Slope) slope = x > F{} ? one : F{};
   } else if constexpr (A == Activation::silu) {
     exp_parts<C, Bytes>(-x, power, rest);
-    fma<Bytes>(power, power, rest);  // e^-x
-    const F s = one / (one + power);
+    fma<Bytes>(power, power, rest);  // e^-x, between what exp_parts makes at most and at least: x may be any number
+    F least, most;
+    fill(least, -ExpParts<C>::kHigh), fill(most, -ExpParts<C>::kLow);
+    const F s = x < least ? F{} : one / (one + power);
     h = x * s;
-    if constexpr (Slope) slope = s + s * (h * power);  // 1 - s = s e^-x
+    if constexpr (Slope) {
+      power = x > most ? F{} : power;
+      slope = s + s * (h * power);  // 1 - s = s e^-x
+    }
   } else {
     exp_parts<C, Bytes>(x + x, power, rest);
     F less = power - one;  // e^2x - 1

@@ -106,7 +106,7 @@ void forward_all(const Shape& of, const T* weight, const Compute<T>* a, O* out) 
 // The runs of a block, one after another: its part of da [B][K][sources] is added to `gram`, and its dweight written.
 // Null: not needed.
 template <class T, class D>
-void backward_block(const Shape& of, const D* grad, const T* weight, const Maps<Compute<T>>& adjoints, int64_t begin,
+void backward_block(const Shape& of, const D* grad, const T* weight, const Maps<Compute<T>>* adjoints, int64_t begin,
                     int64_t end, Compute<T>* gram, T* dweight) {
   using C = Compute<T>;
   const int64_t tile = of.sources * kFilters, matrix = of.taps * of.sources;
@@ -128,7 +128,7 @@ void backward_block(const Shape& of, const D* grad, const T* weight, const Maps<
         const Ahead ahead{reinterpret_cast<const char*>(next), sizeof(D)};
         run.read(from, of.filters_in(first, count), g.data(), of.taps * kFilters);
         if (!gram && ahead.at) ahead.ask(0, count * kFilters * of.taps, ahead.item);
-        if (dweight) adjoints.template apply<true>(b, g.data(), count, dw.data() + t * tile);
+        if (dweight) adjoints->template apply<true>(b, g.data(), count, dw.data() + t * tile);
         if (gram)
           wx::run<Gram<C>>(g.as_const(), of.taps, w.as_const() + t * tile, of.sources, count, sums.data(), ahead);
       }
@@ -148,11 +148,13 @@ void backward_all(const Shape& of, const D* grad, const T* weight, const Compute
   const int64_t per_block = (wanted + of.run - 1) / of.run * of.run;
   const int64_t blocks = (of.tiles + per_block - 1) / per_block, numel = of.batch * of.taps * of.sources;
   const Lines<C> partial(da ? blocks * numel : 0);
-  const Maps<C> adjoints = maps_of(of, a, true);
+  std::optional<Maps<C>> adjoints;
+  if (dweight) adjoints.emplace(maps_of(of, a, true));
   spread(of.small(), blocks, [&](int64_t k) {
     C* gram = da ? partial.data() + k * numel : nullptr;
     if (gram) std::fill_n(gram, numel, C(0));
-    backward_block(of, grad, weight, adjoints, k * per_block, std::min(of.tiles, (k + 1) * per_block), gram, dweight);
+    backward_block(of, grad, weight, adjoints ? &*adjoints : nullptr, k * per_block,
+                   std::min(of.tiles, (k + 1) * per_block), gram, dweight);
   });
   if (!da) return;
   spread(blocks * numel < kWake, of.batch * of.taps, [&](int64_t row) {  // [B][K][E K] to [B][E][K][K]

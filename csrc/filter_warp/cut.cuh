@@ -20,6 +20,7 @@ struct Sizes {
 
   __host__ __device__ int64_t bank() const { return filters * taps; }          // numbers of weight[e], or of out[b]
   __host__ __device__ int64_t matrix() const { return int64_t{taps} * taps; }  // of a[b, e]
+  __host__ __device__ int64_t matrices() const { return int64_t{batch} * banks * matrix(); }
 };
 
 }  // namespace wx::gpu::fw

@@ -5,8 +5,7 @@
 //              written and read. Two launches; for many taps or banks three, and G is read twice: there the products
 //              take longer than memory
 #pragma once
-#include <type_traits>
-
+#include "../common/taps.cuh"
 #include "warp_backward.cuh"
 #include "warp_forward.cuh"
 #include "warp_products.cuh"
@@ -15,16 +14,13 @@ namespace wx::gpu::fw {
 
 // f(K) where there is a kernel for one bank of so many taps, of float32 sums; whether there is.
 template <class C, int... Ks, class F>
-bool for_taps(const Sizes& o, const F& f) {
-  if constexpr (std::is_same_v<C, float>)
-    return o.banks == 1 && ((o.taps == Ks && (f(std::integral_constant<int, Ks>{}), true)) || ...);
-  else
-    return false;
+bool for_one_bank(const Sizes& o, const F& f) {
+  return o.banks == 1 && for_taps<C, Ks...>(o.taps, f);
 }
 
 template <class C>
 void launch_forward(const Input& weight, const C* a, const Output& out, const Sizes& o, cudaStream_t stream) {
-  const bool done = for_taps<C, 3, 4, 9, 25, 27, 49>(
+  const bool done = for_one_bank<C, 3, 4, 9, 25, 27, 49>(
       o, [&](auto k) { launch_warp_filters<decltype(k)::value>(weight, a, out, o, stream); });
   if (!done) launch_map_filters(weight, a, out, Map::forward(o), stream);
 }
@@ -33,7 +29,7 @@ void launch_forward(const Input& weight, const C* a, const Output& out, const Si
 template <class C>
 int count_parts(const Sizes& o) {
   int count = gram_groups(o).count;
-  for_taps<C, 3, 4, 9>(o, [&](auto) { count = grad_groups(o).count; });
+  for_one_bank<C, 3, 4, 9>(o, [&](auto) { count = grad_groups(o).count; });
   return count;
 }
 
@@ -41,12 +37,11 @@ int count_parts(const Sizes& o) {
 template <class C>
 void launch_backward(const Input& grad, const Input& weight, const C* a, const Output& dweight, C* parts, C* da,
                      const Sizes& o, cudaStream_t stream) {
-  const bool done = for_taps<C, 3, 4, 9>(
+  const bool done = for_one_bank<C, 3, 4, 9>(
       o, [&](auto k) { launch_filter_grads<decltype(k)::value>(grad, weight, a, dweight, parts, o, stream); });
   if (!done && dweight.data) launch_map_filters(grad, a, dweight, Map::backward(o), stream);
   if (!done && parts) launch_gram_filters(grad, weight, parts, o, stream);
-  if (parts)
-    launch_add_parts(parts, count_parts<C>(o), Output{da, kFormatOf<C>}, o.batch * o.banks * o.matrix(), stream);
+  if (parts) launch_add_parts(parts, count_parts<C>(o), Output{da, kFormatOf<C>}, o.matrices(), stream);
 }
 
 }  // namespace wx::gpu::fw

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 #pragma unroll
       for (int v = 0; v < Q; v++) total[u][v] += sum[u][v];
   }
-  C* to = parts + blockIdx.y * (o.batch * o.banks * o.matrix());
+  C* to = parts + blockIdx.y * o.matrices();
 #pragma unroll
   for (int u = 0; u < R; u++)
 #pragma unroll
@@ -154,20 +154,22 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     }
 }
 
+// Of all Gram matrices.
+inline int64_t gram_tiles(const Sizes& o) {
+  return ceil_div<int64_t>(int64_t{o.batch} * o.taps, kTileRows) *
+         ceil_div<int64_t>(int64_t{o.banks} * o.taps, kGramColumns);
+}
+
 // Groups of filters: many for small matrices, few where the parts would be as large as G.
 inline Groups gram_groups(const Sizes& o) {
-  const int64_t rows = ceil_div<int64_t>(int64_t{o.batch} * o.taps, kTileRows);
-  const int64_t columns = ceil_div<int64_t>(int64_t{o.banks} * o.taps, kGramColumns);
-  const int64_t most = min(o.filters / (4 * o.banks * o.taps) + 1, ceil_div(kWantedBlocks, rows * columns));
+  const int64_t most = min(o.filters / (int64_t{4} * o.banks * o.taps) + 1, ceil_div(kWantedBlocks, gram_tiles(o)));
   return Groups::of(o.filters, kGramDepth, static_cast<int>(min(most, int64_t{kMostGroups})));
 }
 
 template <class C>
 void launch_gram_filters(const Input& grad, const Input& weight, C* parts, const Sizes& o, cudaStream_t stream) {
   const Groups groups = gram_groups(o);
-  const int64_t rows = ceil_div<int64_t>(int64_t{o.batch} * o.taps, kTileRows);
-  const int64_t columns = ceil_div<int64_t>(int64_t{o.banks} * o.taps, kGramColumns);
-  const dim3 grid(static_cast<unsigned>(rows * columns), groups.count);
+  const dim3 grid(static_cast<unsigned>(gram_tiles(o)), groups.count);
   WX_LAUNCH(gram_filters<C>, grid, kTileThreads, stream, grad, weight, parts, o, groups);
 }
 

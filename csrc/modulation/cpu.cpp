@@ -203,8 +203,9 @@ struct Backward {
   void run_all() const {
     const int64_t blocks = (at.outputs + kBlock - 1) / kBlock, n = at.samples * at.inputs;
     const Scratch<C> parts(dstyle ? blocks * n : 0);
-    in_parallel(blocks, at.numbers(),
-                [&](int64_t k) { block(k * kBlock, std::min(kBlock, at.outputs - k * kBlock), parts.data() + k * n); });
+    in_parallel(blocks, at.numbers(), [&](int64_t k) {
+      block(k * kBlock, std::min(kBlock, at.outputs - k * kBlock), dstyle ? parts.data() + k * n : nullptr);
+    });
     for (int64_t j = 0; j < n && dstyle; j++) {
       double sum = 0;
       for (int64_t k = 0; k < blocks; k++) sum += static_cast<double>(parts.data()[k * n + j]);

@@ -42,7 +42,7 @@ struct Tile {
   int inputs, row_taps;
 
   __device__ explicit Tile(const Sizes& o)
-      : taps(min(o.taps, kThreads)), channels(kThreads / taps), inputs(o.inputs), row_taps(o.taps) {
+      : taps(max(1, min(o.taps, kThreads))), channels(kThreads / taps), inputs(o.inputs), row_taps(o.taps) {
     c = static_cast<int>(threadIdx.x) / taps;
     p = static_cast<int>(threadIdx.x) - c * taps;
   }

@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "../common/philox.h"  // WX_HOST_DEVICE
+#include "../common/host_device.h"
 
 namespace wx::wm {
 
