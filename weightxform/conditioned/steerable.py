@@ -16,8 +16,8 @@ dimensions, of 25 it has 11. The residual acts on the rest, (1 - B B+) w.
 The taps of a kernel that is not square, or not dilated equally, hardly tell some of the harmonics from others, and B+
 would blow these up: |A| = 39 for 3x7, 105 for 3x3 with dilation (1, 2). B+ is there without the singular values below
 ``CUTOFF`` of the largest, and what they stand for goes to the residual: |B R B+| <= 1 / CUTOFF for any turn R, and
-measured |A| <= 2.9, and 1.2 to 2 for most (of squares 1.2 to 1.7, with no cutoff). Leaving out whole harmonics instead turns smooth images
-worse: for 3x7 the relative error is 0.36, where this has 0.19.
+measured |A| <= 2.9, and mostly below 2 (of squares 1.2 to 1.7, with no cutoff). Leaving out whole harmonics instead
+turns smooth images worse: for 3x7 the relative error is 0.36, where this has 0.19.
 """
 
 from __future__ import annotations
