@@ -190,3 +190,49 @@ def test_swap_module_params_on_conversion():
         torch.testing.assert_close(layer.eval().weight, normalized(raw, state_of(layer)))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+# checkpoints without what was trained
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(2.0).double())
+        self.register_buffer("offset", torch.tensor(1.0).double())
+
+    def forward(self, raw):
+        return raw * self.rate + self.offset
+
+
+@pytest.mark.parametrize(
+    ("make", "missing", "stays"),
+    [
+        (Gain, ["rate"], ["offset"]),
+        (lambda: wx.SpectralNorm(learn_gain=True), ["gain"], ["u", "v"]),
+        (lambda: nn.Sequential(wx.WeightNorm(), Gain()), ["1.rate"], ["0.g", "1.offset"]),
+    ],
+    ids=["plain", "gain", "sequential"],
+)
+def test_a_trained_parameter_of_a_transform_is_missed(make, missing, stays):
+    """Nothing gives it back: a strict load must not pass with what happened to be there."""
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    plain = layer.state_dict()
+    layer.weight = wx.ComputedParameter(layer.weight, make())
+    keys = [f"weight_transform.{key}" for key in missing]
+    with (
+        pytest.warns(UserWarning, match=rf"weight_transform.{stays[0]}.*: (the state was estimated|it stays as it is)"),
+        pytest.raises(RuntimeError, match=f'Missing key.*: "{keys[0]}". '),
+    ):
+        layer.load_state_dict(plain)
+    assert set(keys) <= set(layer.load_state_dict(plain, strict=False).missing_keys)
+    with pytest.warns(UserWarning, match=f"{stays[-1]}: "):
+        layer.load_state_dict({**plain, **{key: layer.state_dict()[key] for key in keys}})
+
+
+def test_the_norms_of_a_plain_checkpoint_are_estimated():
+    layer, plain = nn.Linear(6, 4, dtype=torch.float64), nn.Linear(6, 4, dtype=torch.float64)
+    layer.weight = wx.ComputedParameter(layer.weight, wx.WeightNorm())
+    with pytest.warns(UserWarning, match="weight_transform.g: the state was estimated from the weight"):
+        layer.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(layer.weight, plain.weight)

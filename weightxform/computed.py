@@ -39,10 +39,11 @@ class ComputedParameter(nn.Parameter):
     ``module()``, and the parameter that was there is gone.
 
     *When it is computed.* Once for each value of what it depends on, however many forwards and backwards there are: the
-    raw tensor and the transform's tensors, train or eval mode, autocast. In training mode the state (a power iteration)
-    takes one step for each value of the raw tensor; ``cache=False`` on the transform computes and advances at every
-    read, as torch does. A write that no version counter sees (``p.data.add_``, a custom kernel) and that no optimizer
-    step follows needs :func:`invalidate`. Under ``torch.compile`` each read is part of the graph and advances.
+    raw tensor and the transform's tensors and options, train or eval mode, autocast. In training mode the state (a
+    power iteration) takes one step for each value of the raw tensor; ``cache=False`` on the transform computes and
+    advances at every read, as torch does. A write that no version counter sees (``p.data.add_``, a custom kernel; not
+    ``p.data = x``, which is seen) and that no optimizer step follows needs :func:`invalidate`. Under ``torch.compile``
+    each read is part of the graph and advances.
 
     *Gradients.* They go to the raw tensor, through any number of backwards, with no ``retain_graph``. A raw tensor that
     was written between a forward and its backward raises. Hooks on ``layer.weight`` live as long as this value of it:
@@ -321,8 +322,9 @@ def tie(module: nn.Module, source: nn.Module, name: str = "weight", source_name:
 def invalidate(module: nn.Module) -> nn.Module:
     """Say that raw tensors of ``module`` and its submodules were written in a way that no version counter sees.
 
-    Needed after ``p.data.add_(...)``, a NumPy write or a kernel of your own, where no optimizer step follows. It also
-    forgets writes into computed tensors. Returns ``module``.
+    Needed after ``p.data.add_(...)``, a NumPy write or a kernel of your own, where no optimizer step follows; and where
+    a transform that is a plain module changed in what is no parameter or buffer (``module.rate = 2``). It also forgets
+    writes into computed tensors. Returns ``module``.
     """
     for m, name, slot in _computed_in(module):
         slot.forget()

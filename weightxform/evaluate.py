@@ -42,6 +42,7 @@ def attach(transform: nn.Module, raw: Tensor | None, module: nn.Module, name: st
         if raw is None:
             kind = type(transform).__name__
             raise TypeError(f"ComputedParameter: {kind} needs a raw tensor: ComputedParameter(raw, transform)")
+        transform.check_alone()
         transform.attach(raw, module, name)
     elif isinstance(transform, nn.Sequential):
         if not len(transform):

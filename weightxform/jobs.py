@@ -40,6 +40,11 @@ class Place:
     def value(self) -> Tensor | None:
         return None if self.kept is None else self.kept.values[self.row]
 
+    def check_untouched(self, name: str) -> None:
+        """Raise ``RuntimeError`` if somebody wrote into the value: the write would be lost."""
+        if self.kept is not None:
+            self.kept.check_untouched(self.row, name)
+
     def serve(self, raw: Tensor | None, transform: nn.Module, name: str) -> Tensor | None:
         return None if self.kept is None else self.kept.serve(self.row, raw, transform, name)
 
@@ -118,8 +123,7 @@ def _prepare(job: Job) -> None:
     if raw is not None:
         versions.watch(raw)
     place = job.place
-    if place.kept is not None:
-        place.kept.check_untouched(place.row, job.name)
+    place.check_untouched(job.name)
     if slot.reader is None or slot.reader[0] is not transform:
         for tensor in slot.state_of(transform)():  # more than its own where transforms share one
             if isinstance(tensor, nn.Parameter):

@@ -1,8 +1,9 @@
 """Kept: tensors that were computed together, and what they were computed from.
 
 A value is served while nothing that it depends on was written: the raw tensor and the tensors of the transform (by
-identity, version, address and optimizer steps), train or eval mode, autocast, inference mode. Grad mode is not among
-them: a weight is always computed with its graph.
+identity, version, address and optimizer steps), no option of the transform was set, train or eval mode, autocast,
+inference mode. Grad mode is not among them: a weight is always computed with its graph. The address is that of
+``p.data = x`` (an exchange with averaged weights, ``vector_to_parameters``), which moves no version.
 
 One row a weight, one column a fact: a group's facts are read and compared column by column, at a fraction of what as
 many objects would cost.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import versions
 from ._torch import autocast_dtype, capture_of, ordinary
 from .evaluate import keeps_graph
-from .transform import Repeat, Transform
+from .transform import Repeat, Transform, configured_after
 
 if TYPE_CHECKING:
     from .jobs import Job, Last
@@ -33,9 +34,7 @@ _steps = versions._epochs.get
 _inference, _any_autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
 _WRITTEN = (
     "the computed tensor {name!r} was written in place, or given another .data: no gradient goes through that, and it "
-    "would be lost at the next computation. Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), "
-    "layer.reset_parameters() or model.apply(init_fn); to compute it from something else, assign wx.ComputedParameter("
-    "raw, transform) to module.{name}. wx.invalidate(module) forgets the write."
+    "would be lost at the next computation. {instead} wx.invalidate(module) forgets the write."
 )
 
 
@@ -49,15 +48,17 @@ class Kept:
         repeat: computes the value of a single row again.
         last: what a bucket needs to compute several rows again.
         advanced: what the slots had in ``advanced`` when they were computed.
+        plain: every tensor in ``states`` has a version and an address.
+        since: ``Transform.configured`` when the value of a row was last known to be of the present options.
         tracked: ``dicts`` (of parameters and buffers) have just the tensors that the transforms' readers list.
         shared: all rows depend on the same tensors, besides raw; see ``Transform.shares_state``.
     """
 
     __slots__ = (
-        "advanced", "autocast", "capture", "complete", "configured", "dicts", "dtypes", "guarded", "ids", "inference",
-        "kind", "last", "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat", "requires", "served",
-        "shared", "starts", "state_versions", "states", "steps", "tracked", "training", "transforms", "value_ptrs",
-        "value_versions", "values", "versions",
+        "advanced", "autocast", "capture", "complete", "configured", "dense", "dicts", "dtypes", "guarded", "ids",
+        "inference", "kind", "last", "learned", "learned_steps", "plain", "ptrs", "raws", "readers", "repeat",
+        "requires", "served", "shared", "since", "starts", "state_ptrs", "state_versions", "states", "steps", "tracked",
+        "training", "transforms", "value_ptrs", "value_versions", "values", "versions",
     )  # fmt: skip
 
     def __init__(self, jobs: Sequence[Job], values: Sequence[Tensor], kind: str, readers: Sequence[Reader]) -> None:
@@ -69,6 +70,7 @@ class Kept:
         self.transforms = [j.transform for j in jobs]
         self.served = [j.keeps for j in jobs]
         self.ptrs = [None if r is None else r.data_ptr() for r in self.raws]
+        self.dense = [None if r is None else r.is_contiguous() for r in self.raws]
         self.dtypes = [None if r is None else r.dtype for r in self.raws]
         self.requires = [None if r is None else r.requires_grad for r in self.raws]
         self.readers = readers
@@ -84,7 +86,7 @@ class Kept:
         self.ids = [*map(id, chain.from_iterable(map(_values, chain(*self.dicts))))]
         self.states = [t for state in states for t in state]  # held, so that their ids stay theirs
         self.starts = [0, *accumulate(map(len, states))]
-        self.plain = not any(t.is_inference() for t in self.states)
+        self.plain = not any(t.is_inference() or address(t) is None for t in self.states)
         self.learned = [[t for t in state if isinstance(t, nn.Parameter)] for state in states]
         self.guarded = [
             not v.is_inference() and not _aliases(v, (*s, r), t)
@@ -95,11 +97,17 @@ class Kept:
     def keep(self, values: Sequence[Tensor], stamps: tuple[list[int], list[int]] | None = None) -> None:
         """``values`` were computed just now, from raw tensors of these versions and optimizer steps."""
         self.configured = Transform.configured
+        self.since = [self.configured] * len(values)
         self.training = self.transforms[0].training
         self.inference, self.autocast = torch.is_inference_mode_enabled(), autocast_dtype(self.kind)
         self.capture = capture_of(self.kind)  # what a CUDA graph computes is served in its capture, and nothing else is
         self.versions, self.steps = versions.stamps(self.raws) if stamps is None else stamps
-        self.state_versions = [t._version if self.plain or not t.is_inference() else 0 for t in self.states]
+        if self.plain:
+            self.state_versions: list[Any] = [t._version for t in self.states]
+            self.state_ptrs: list[Any] = [t.data_ptr() for t in self.states]
+        else:
+            self.state_versions = [0 if t.is_inference() else t._version for t in self.states]
+            self.state_ptrs = [*map(address, self.states)]
         self.learned_steps = [[_steps(id(t), 0) for t in row] if row else () for row in self.learned]
         self.values: list[Any] = list(values)
         self.complete = True
@@ -125,33 +133,51 @@ class Kept:
             return None
         version = self.value_versions[row]
         if version is not None and (value._version != version or value.data_ptr() != self.value_ptrs[row]):
-            raise RuntimeError(_WRITTEN.format(name=name))
+            raise RuntimeError(written(name, transform))
         if raw is not self.raws[row] or transform is not self.transforms[row]:
             return None
         if raw is not None and (
             raw._version != self.versions[row]
             or _steps(id(raw), 0) != self.steps[row]
             or raw.data_ptr() != self.ptrs[row]
+            or raw.is_contiguous() is not self.dense[row]  # raw.data = raw.data.T
             or raw.dtype is not self.dtypes[row]
             or raw.requires_grad is not self.requires[row]
         ):
             return None
-        if not self.served[row] or transform.training is not self.training or not self._same_modes():
+        if not self.served[row] or transform.training is not self.training or _inference() is not self.inference:
             return None
-        states, versions, plain = self.states, self.state_versions, self.plain
+        if self.autocast is not None if not _any_autocast() else autocast_dtype(self.kind) is not self.autocast:
+            return None
+        if Transform.configured != self.since[row] and self._reconfigured(row):
+            return None
+        states, versions, ptrs, plain = self.states, self.state_versions, self.state_ptrs, self.plain
         k, end = self.starts[row], self.starts[row + 1]
         # Their identity too: functional_call puts in other tensors, and nothing counts that.
         for tensors in map(_values, self.dicts[row]) if self.tracked else (self.readers[row](),):
             for t in tensors:
                 if t is None:
                     continue
-                if k == end or t is not states[k] or ((plain or not t.is_inference()) and t._version != versions[k]):
+                if k == end or t is not states[k]:
+                    return None
+                if plain:
+                    if t._version != versions[k] or t.data_ptr() != ptrs[k]:
+                        return None
+                elif address(t) != ptrs[k] or (not t.is_inference() and t._version != versions[k]):
                     return None
                 k += 1
         learned = self.learned[row]
         if k != end or (learned and [_steps(id(t), 0) for t in learned] != self.learned_steps[row]):
             return None
         return value if ordinary() and capture_of(self.kind) == self.capture else None
+
+    def _reconfigured(self, row: int) -> bool:
+        """Whether an option of the transform was set, and not of another one."""
+        now = Transform.configured
+        if configured_after(self.transforms[row], self.since[row]):
+            return True
+        self.since[row] = now
+        return False
 
     def _same_modes(self) -> bool:
         if _inference() is not self.inference:
@@ -164,7 +190,7 @@ class Kept:
         if value is None or version is None:
             return
         if value._version != version or value.data_ptr() != self.value_ptrs[row]:
-            raise RuntimeError(_WRITTEN.format(name=name))
+            raise RuntimeError(written(name, self.transforms[row]))
 
     def drop(self, row: int) -> None:
         """Forget a value, whose memory may serve the next one, and its raw tensor (``swap_tensors`` wants that)."""
@@ -202,6 +228,7 @@ class Kept:
         """Whether these are where they were, nobody wrote a value, and no mode changed."""
         return (
             [r.data_ptr() for r in raws] == self.ptrs
+            and [r.is_contiguous() for r in raws] == self.dense
             and [r.dtype for r in raws] == self.dtypes
             and [r.requires_grad for r in raws] == self.requires
             and [v._version if g else None for v, g in zip(values, self.guarded, strict=True)] == self.value_versions
@@ -227,9 +254,23 @@ class Kept:
 
 
 _LASTING = (
-    "advanced", "dicts", "dtypes", "guarded", "ids", "kind", "last", "learned", "plain", "ptrs", "readers", "repeat",
-    "requires", "served", "shared", "starts", "states", "tracked", "transforms",
+    "advanced", "dense", "dicts", "dtypes", "guarded", "ids", "kind", "last", "learned", "plain", "ptrs", "readers",
+    "repeat", "requires", "served", "shared", "starts", "states", "tracked", "transforms",
 )  # fmt: skip
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where it lies; ``None`` for one that lies nowhere (sparse, wrapped, fake)."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
+def written(name: str, transform: nn.Module) -> str:
+    """What to say of a computed tensor that somebody wrote: it would be lost."""
+    instead = transform.instead_of_writing if isinstance(transform, Transform) else Transform.instead_of_writing
+    return _WRITTEN.format(name=name, instead=instead.format(name=name))
 
 
 def _aliases(out: Tensor, inputs: Iterable[Tensor | None], transform: nn.Module) -> bool:

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from . import versions
 from ._torch import is_dtensor, loading_strictly, not_compiled_alone
 from .slot import Slot
+from .transform import Transform
 
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 
@@ -284,17 +287,42 @@ def _differs(raw: Tensor | None, before: Tensor | None) -> bool:
 
 
 def _after_load(module: nn.Module, name: str, state_dict: dict, prefix: str) -> None:
-    """A checkpoint without the state of the transform, a plain one, is no error: the state is made to fit."""
+    """A checkpoint without the state of the transform, a plain one, is no error: the state is made to fit.
+
+    Parameters that the transform's ``reset`` does not write were trained, and nothing gives them back: they stay
+    missing, as a module's own.
+    """
     child = child_name(name)
     transform = module._modules[child]
     assert transform is not None
-    own = transform.state_dict()
-    absent = [key for key in own if f"{prefix}{child}.{key}" not in state_dict]
+    absent = [key for key in transform.state_dict() if f"{prefix}{child}.{key}" not in state_dict]
     if not absent or prefix + name not in state_dict:
         return
     raw = module._parameters.get(name)
+    later = is_dtensor(raw) and any(map(_has_reset, transform.modules()))  # once the whole tensor is there
+    before = {} if is_dtensor(raw) else _held(transform)
     slots_of(module)[name].renew(transform, raw)
-    if loading_strictly():
+    after = before if is_dtensor(raw) else _held(transform)
+    fits = [key for key in absent if later or after.get(key, (key,))[0] != before.get(key, (key,))[0]]
+    trained = {key for key, _ in transform.named_parameters(remove_duplicate=False)}
+    absent = [key for key in absent if key in fits or key not in trained]
+    if absent and loading_strictly():
         state_dict.update({f"{prefix}{child}.{key}": transform.state_dict()[key] for key in absent})
         keys = ", ".join(f"{prefix}{child}.{key}" for key in absent)
-        warnings.warn(f"the checkpoint has no {keys}: the state was estimated from the weight", stacklevel=2)
+        what = "the state was estimated from the weight" if fits else "it stays as it is"
+        warnings.warn(f"the checkpoint has no {keys}: {what}", stacklevel=2)
+
+
+def _has_reset(link: nn.Module) -> bool:
+    return isinstance(link, Transform) and type(link).reset is not Transform.reset
+
+
+def _held(transform: nn.Module) -> dict[str, tuple]:
+    """Facts of each tensor, others after a write in place or by ``.data =``; and its memory, so that it stays taken."""
+    each = {"remove_duplicate": False}
+    tensors = {**dict(transform.named_parameters(**each)), **dict(transform.named_buffers(**each))}
+    return {
+        key: ((id(t), versions.stamp(t), t.untyped_storage()._cdata), t.detach())
+        for key, t in tensors.items()
+        if not is_lazy(t)
+    }

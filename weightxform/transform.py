@@ -13,11 +13,18 @@ from .numerics import FLOAT_DTYPES
 Repeat = Callable[[tuple[list[int], list[int]]], list[Tensor] | None]
 
 
+_SET = "_wx_set"  # in a transform's __dict__: Transform.configured when something was last set on it
+
+
 class Transform(nn.Module):
     """Base class of transforms: ``weight = transform(raw)``.
 
-    A subclass implements :meth:`compute`, and whichever of the others its state needs. It may also be used in
-    ``torch.nn.utils.parametrize.register_parametrization``.
+    A subclass implements :meth:`compute`, and whichever of the others its state needs; a ``right_inverse(value)``, a
+    raw tensor whose computed weight is ``value`` as nearly as may be, where there is one (for ``wx.assign``).
+
+    It may also be used in ``torch.nn.utils.parametrize.register_parametrization``, which calls no :meth:`attach`: one
+    with state, or that depends on the layer, wants ``transform.attach(layer.weight, layer)`` first (``SpectralNorm``
+    does that itself).
     """
 
     groupable: ClassVar[bool] = False  # whether compute_group does better than one compute after another
@@ -26,12 +33,23 @@ class Transform(nn.Module):
     tensor_parallel: ClassVar[bool] = False  # whether compute takes a DTensor
     cache = True  # False: compute at every read, and in training mode advance at every read
     configured: ClassVar[int] = 0  # counts what was set on any transform: options, modes, buffers, devices
+    instead_of_writing: ClassVar[str] = (  # into the computed weight, for the message
+        "Write wx.raw(module, {name!r}), use wx.assign(module, {name!r}, value), layer.reset_parameters() or "
+        "model.apply(init_fn); to compute it from something else, assign wx.ComputedParameter(raw, transform) to "
+        "module.{name}."
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Where it is traced Dynamo would compile again whenever the count had moved; train() once more sets nothing.
         if not torch.compiler.is_compiling() and not (name == "training" and self.__dict__.get(name) is value):
             Transform.configured += 1
+            if name != "training":  # whoever keeps a value compares the modes themselves
+                self.__dict__[_SET] = Transform.configured
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop(_SET, None)  # of another process
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         Transform.configured += 1
@@ -53,12 +71,8 @@ class Transform(nn.Module):
     def reset(self, raw: Tensor) -> None:
         """Make the state fit ``raw``, whose value was replaced (an assignment, an init, a checkpoint without state)."""
 
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """A raw tensor whose computed weight is ``value``, as nearly as the transform allows.
-
-        Raises ``RuntimeError`` where there is none.
-        """
-        raise RuntimeError(f"{type(self).__name__} has no right inverse: assign wx.raw(module, name) instead")
+    def check_alone(self) -> None:
+        """Raise ``ValueError`` where the weight cannot be computed from the raw tensor alone (it needs a condition)."""
 
     def check_bake(self) -> None:
         """Raise ``RuntimeError`` where the weight is not one that ``wx.bake`` can leave in the module."""
@@ -105,6 +119,11 @@ class Transform(nn.Module):
         ``raw.grad`` itself.
         """
         return None
+
+
+def configured_after(root: nn.Module, count: int) -> bool:
+    """Whether anything but the mode was set on a transform in ``root`` since ``Transform.configured`` was ``count``."""
+    return any(vars(m).get(_SET, 0) > count for m in root.modules())
 
 
 def describe(raw: Tensor) -> str:

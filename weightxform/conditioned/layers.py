@@ -12,7 +12,7 @@ from .._torch import autocast_dtype
 from ..swap import base_of, child_name, plain_of, set_slots, slots_of
 from . import forms
 from .condition import Given
-from .select import CONVOLUTIONS
+from .select import CONVOLUTIONS, Layer
 from .transform import FilterTransform
 from .weight import ConditionedWeight
 
@@ -33,9 +33,9 @@ class _Layer:
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own = own_of(self)
         if own is not None:
-            given = own.given()
             if not torch.compiler.is_compiling():
                 own.owner.check_checkpoint()
+            given = own.given()
             if given.count > 1 and _is_torchs(type(self)):
                 return _several(self, own, given, input, *args, **kwargs)
             if given.count > 1:  # a forward of the user's, which knows of one weight
@@ -67,6 +67,19 @@ def refuse_more(layer: nn.Module, path: str) -> None:
         )
 
 
+def check_tied(first: Layer, layer: Layer) -> None:
+    """Raise where layers share a weight of which a transform would make two different ones."""
+
+    def facts(of: Layer) -> tuple:
+        return of.shape, *(getattr(of.module, name, None) for name in ("dilation", "groups", "transposed"))
+
+    if facts(first) != facts(layer):
+        raise ValueError(
+            f"Conditioned: {first.path} and {layer.path} share one weight, and must be seen alike (shape, dilation, "
+            f"groups, transposed), got {facts(first)} and {facts(layer)}: untie them, or choose one by layers="
+        )
+
+
 def _is_torchs(cls: type) -> bool:
     """Whether the layer computes as torch's own class does."""
     plain: Any = plain_of(base_of(cls))
@@ -83,6 +96,8 @@ def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args:
         if form == "auto":
             form = "activation" if acts else forms.best(layer, transform, x, given)
     if form == "activation":
+        if not torch.compiler.is_compiling():  # what reads the weight would see a write into it
+            slots_of(layer)["weight"].weight.check_untouched("weight")
         y = _activation(layer, own, transform, given, x)
         if y is not None:
             return y.to(autocast_dtype(x.device.type) or y.dtype)

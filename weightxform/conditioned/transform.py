@@ -174,14 +174,17 @@ class FilterTransform(Transform):
         """:meth:`activation` of the weight of :meth:`at`, without bias; only where :meth:`has_activation` is true."""
         raise NotImplementedError(f"{type(self).__name__} has no response(layer, x, weight, conditions, index)")
 
-    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+    def check_alone(self) -> None:
         needed = self.needs()
         if needed:
             names = " and ".join("a condition" if n is None else repr(n) for n in needed)
-            raise RuntimeError(
+            raise ValueError(
                 f"{type(self).__name__} needs {names}: use it in wx.Conditioned(model, transform), or give it a tensor "
                 "of its own, as wx.Rotate(angle=torch.nn.Parameter(...))"
             )
+
+    def compute(self, raw: Tensor, advance: bool) -> Tensor:
+        self.check_alone()
         return self.whole(raw, {}, autocast_dtype(raw.device.type))[0]
 
     def __add__(self, other: Any) -> FilterTransform:

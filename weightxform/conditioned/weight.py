@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import versions
 from .._torch import autocast_dtype
-from ..transform import Transform
+from ..transform import Transform, configured_after
 from .transform import FilterTransform
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ class ConditionedWeight(Transform):
     """
 
     shares_state: ClassVar[bool] = False
+    instead_of_writing: ClassVar[str] = (
+        "It follows a condition: a map of the weight belongs in the transform of wx.Conditioned(model, transform), any "
+        "nn.Module whose forward(weight, condition) returns the weight; the stored weight is wx.raw(layer)."
+    )
     owner: Conditioned
     map: nn.Module | None
 
@@ -53,14 +57,14 @@ class ConditionedWeight(Transform):
         if given is None:
             raise RuntimeError(
                 "Conditioned: no condition yet: call net(inputs, condition), or read weights inside "
-                "`with net.at(condition):`"
+                f"`with net.at(condition):`; torch.jit.trace wants net.bake(condition). {self.instead_of_writing}"
             )
         return given
 
     def check_bake(self) -> None:
         if self.given().count > 1:
             raise RuntimeError(
-                "wx.bake: the weights follow a condition, and each sample of the last call had its own: "
+                "wx.bake: the weights follow a condition, and each sample has its own: "
                 "net.bake(condition) gives a plain copy, net.unwrap() the plain model"
             )
 
@@ -75,15 +79,16 @@ class ConditionedWeight(Transform):
         given, dtype = self.given(), autocast_dtype(raw.device.type)
         if given.kept is None or torch.compiler.is_compiling():
             return self._compute(raw, given, dtype)
-        tensors = raw, *self.tensors()
+        tensors, seen = (raw, *self.tensors()), self._seen
+        assert seen is not None
         found = given.kept.get(id(self))
-        if found is None or not found.is_of(tensors, dtype):
+        if found is None or not found.is_of(tensors, dtype, seen):
             for t in tensors:
                 versions.watch(t)
-            facts = _facts(tensors)  # before: a write by the transform itself would show
+            facts, modes = _facts(tensors), seen.modes()  # before: a write by the transform itself would show
             held = [t.detach() for t in tensors]  # not themselves: swap_tensors wants no references
             with torch.inference_mode(False), torch.no_grad():  # it may serve where x takes a gradient
-                found = given.kept[id(self)] = _Kept(self._compute(raw, given, dtype), held, facts, dtype)
+                found = given.kept[id(self)] = _Kept(self._compute(raw, given, dtype), held, facts, modes, dtype)
         return found.weight
 
     def _compute(self, raw: Tensor, given: Given, dtype: torch.dtype | None) -> Tensor:
@@ -92,7 +97,8 @@ class ConditionedWeight(Transform):
             out = transform.whole(weight, given.values, dtype)
         else:
             out = _by_any(transform, weight, given)
-        if tuple(out.shape[1:]) != tuple(weight.shape) or out.shape[0] not in (1, given.count):
+        fits = out.shape[0] == 1 or out.shape[0] == given.count  # not `in`: the count may be a SymInt
+        if tuple(out.shape[1:]) != tuple(weight.shape) or not fits:
             kind, expected = type(transform).__name__, [given.count, *weight.shape]
             raise ValueError(f"Conditioned: {kind} must return a weight of shape {expected}, got {list(out.shape)}")
         return out[0].reshape(raw.shape) if out.shape[0] == 1 else out.reshape(given.count, *raw.shape)
@@ -101,7 +107,7 @@ class ConditionedWeight(Transform):
         """What the transform has."""
         root, seen = self.transform(), self._seen  # looked up once: at every read it would cost more than the rest
         if seen is None or seen.root is not root or [m for d in seen.children for m in d.values()] != seen.inside:
-            seen = self._seen = _Seen.of(root)
+            seen = self.__dict__["_seen"] = _Seen.of(root)  # as no option
         return [t for d in seen.tensors for t in d.values() if t is not None]
 
     def state(self) -> tuple[Tensor, ...]:
@@ -114,7 +120,7 @@ class ConditionedWeight(Transform):
         return {**self.__dict__, "_seen": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._seen = None
+        self.__dict__["_seen"] = None
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -125,6 +131,7 @@ class _Seen(NamedTuple):
     """A transform's dicts of parameters and buffers, and what tells whether it has other modules by now."""
 
     root: nn.Module
+    modules: list[nn.Module]
     children: list[dict]
     inside: list[nn.Module | None]
     tensors: list[dict]
@@ -134,24 +141,43 @@ class _Seen(NamedTuple):
         modules = list(root.modules())
         inside = [child for m in modules for child in m._modules.values()]
         tensors: list[dict] = [d for m in modules for d in (m._parameters, m._buffers)]
-        return _Seen(root, [m._modules for m in modules], inside, tensors)
+        return _Seen(root, modules, [m._modules for m in modules], inside, tensors)
+
+    def modes(self) -> list[bool]:
+        """Train or eval, of each: there may be dropout."""
+        return [m.training for m in self.modules]
 
 
 def _facts(tensors: Sequence[Tensor]) -> list[tuple]:
     """Writes, and places: ``p.data = x`` moves no version."""
-    return [(versions.stamp(t), t.data_ptr()) for t in tensors]
+    return [(versions.stamp(t), t.data_ptr(), t.stride()) for t in tensors]
 
 
 class _Kept:
-    """A weight, and what it was computed from, held: so no other tensor can come to lie there."""
+    """A weight, and what it was computed from, held: so no other tensor can come to lie there.
 
-    __slots__ = "dtype", "facts", "held", "weight"
+    Not seen: a tensor or Python attribute of a user's module that is neither parameter nor buffer; ``wx.invalidate``.
+    """
 
-    def __init__(self, weight: Tensor, held: list[Tensor], facts: list[tuple], dtype: torch.dtype | None) -> None:
-        self.weight, self.held, self.facts, self.dtype = weight, held, facts, dtype
+    __slots__ = "dtype", "facts", "given_out", "held", "modes", "since", "weight"
 
-    def is_of(self, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
-        return dtype is self.dtype and _facts(tensors) == self.facts
+    def __init__(
+        self, weight: Tensor, held: list[Tensor], facts: list[tuple], modes: list[bool], dtype: torch.dtype | None
+    ) -> None:
+        self.weight, self.held, self.facts, self.modes, self.dtype = weight, held, facts, modes, dtype
+        self.since = Transform.configured
+        self.given_out = _facts([weight])  # whoever read it may have written it
+
+    def is_of(self, tensors: Sequence[Tensor], dtype: torch.dtype | None, seen: _Seen) -> bool:
+        if dtype is not self.dtype or _facts(tensors) != self.facts or seen.modes() != self.modes:
+            return False
+        if _facts([self.weight]) != self.given_out:
+            return False
+        if Transform.configured != self.since:
+            if configured_after(seen.root, self.since):
+                return False
+            self.since = Transform.configured
+        return True
 
 
 def _by_any(transform: nn.Module, weight: Tensor, given: Given) -> Tensor:
