@@ -319,8 +319,8 @@ def _has_reset(link: nn.Module) -> bool:
 
 def _held(transform: nn.Module) -> dict[str, tuple]:
     """Facts of each tensor, others after a write in place or by ``.data =``; and its memory, so that it stays taken."""
-    each = {"remove_duplicate": False}
-    tensors = {**dict(transform.named_parameters(**each)), **dict(transform.named_buffers(**each))}
+    parameters, buffers = transform.named_parameters, transform.named_buffers
+    tensors = {**dict(parameters(remove_duplicate=False)), **dict(buffers(remove_duplicate=False))}
     return {
         key: ((id(t), versions.stamp(t), t.untyped_storage()._cdata), t.detach())
         for key, t in tensors.items()
