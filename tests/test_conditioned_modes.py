@@ -41,7 +41,8 @@ def test_autocast_gives_the_layer_its_dtype(digits: nn.Module) -> None:
     net = conditioned(digits).float()
     with torch.autocast("cpu", torch.bfloat16):
         y = net(x.float(), angles.float())
-        assert net.model.first.weight.dtype == torch.bfloat16
+        with net.at(angles.float(), 6):
+            assert net.model.first.weight.dtype == torch.bfloat16
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), plain(digits, x, angles), rtol=0.1, atol=0.05)
 
@@ -91,13 +92,12 @@ def test_weights_are_kept_for_each_condition_where_no_gradient_is_wanted(digits:
     with torch.no_grad():
         assert calls(0.1, 0.2, 0.1, 0.2, torch.tensor(0.2, dtype=torch.float64)) == 2
         assert calls(0.3, 0.1, 0.2) == 3  # two are kept
-        assert calls(angles, angles.clone(), angles) == 1
+        assert calls(angles, angles.clone()) == 2  # more at a time than are kept
         expected = net(x, 0.2)
         with torch.no_grad():
             next(net.transform_parameters()).add_(1)
         assert calls(0.2) == 1
         assert not torch.equal(net(x, 0.2), expected)
-        digits.first.weight  # noqa: B018
         wx.raw(digits.first).mul_(2)
         assert calls(0.2) == 1
     assert calls(0.2, 0.2) == 2  # a graph each
@@ -196,9 +196,12 @@ def test_bake_of_any_module_needs_one_condition(digits: nn.Module) -> None:
     net = conditioned(digits)
     with pytest.raises(RuntimeError, match="no condition yet"):
         wx.bake(net)
-    net(x, angles)
-    with pytest.raises(RuntimeError, match=r"each sample of the last call had its own: net.bake\(condition\)"):
+    with (
+        net.at(angles, 6),
+        pytest.raises(RuntimeError, match=r"each sample has its own: net.bake\(condition\)"),
+    ):
         wx.bake(net)
     expected = net(x, 0.3)
-    assert wx.bake(net) is net and type(net.model.first) is nn.Conv2d
+    with net.at(0.3):
+        assert wx.bake(net) is net and type(net.model.first) is nn.Conv2d
     torch.testing.assert_close(net.model(x), expected)

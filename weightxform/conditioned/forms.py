@@ -10,7 +10,7 @@ Three forms give the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..transform import describe
 from .condition import Given
 from .transform import FilterTransform, View
 
@@ -59,9 +60,23 @@ def each_in_turn(x: Any, given: Given, call: Callable[[int, Any], Any]) -> Any:
         for t in leaves
     ]
     outs = [tree_flatten(call(k, tree_unflatten([part[k] for part in cut], spec))) for k in range(given.count)]
-    joined = [torch.cat(parts) for parts in zip(*(out for out, _ in outs), strict=True)]
     back = None if order is None else torch.argsort(order)
-    return tree_unflatten(joined if back is None else [y[back] for y in joined], outs[0][1])
+    joined = [_joined(parts, sizes, back) for parts in zip(*(out for out, _ in outs), strict=True)]
+    return tree_unflatten(joined, outs[0][1])
+
+
+def _joined(parts: Sequence[Any], sizes: Sequence[int], back: Tensor | None) -> Any:
+    """What a layer returned for the samples of each condition, for the batch; what is no tensor must be one for all."""
+    if all(isinstance(y, Tensor) and y.shape[:1] == (n,) for y, n in zip(parts, sizes, strict=True)):
+        joined = torch.cat([*parts])
+        return joined if back is None else joined[back]
+    if any(isinstance(y, Tensor) for y in parts) or any(y != parts[0] for y in parts):
+        raise RuntimeError(
+            "Conditioned: a layer with a forward of its own must return tensors [B, ...], or what does not depend on "
+            f"the samples, got {[describe(y) if isinstance(y, Tensor) else y for y in parts]} for conditions in turn: "
+            "call it with one condition"
+        )
+    return parts[0]
 
 
 def plain(layer: Any, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -141,6 +156,10 @@ def best(layer: Any, transform: nn.Module, x: Tensor, given: Given) -> str:
     """Which form, by what has to be written: the groups want a copy of the weight for each sample."""
     if isinstance(layer, nn.Linear):
         return "activation" if isinstance(transform, FilterTransform) else "grouped"
-    if given.index is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        # With a group for each of any number of samples and one channel in each, inductor of torch 2.13 fails.
+        single = layer.in_channels == 1 and isinstance(transform, FilterTransform)
+        return "activation" if single else "grouped"
+    if given.index is None:
         return "grouped"
     return "loop" if layer._parameters["weight"].numel() >= LARGE * x[0].numel() else "grouped"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from .._torch import after_backward, current_backward, in_backward, special_mode
@@ -22,16 +18,15 @@ from ..checks import require_bool, require_choice, require_int
 from ..computed import install, new_slot, refuse
 from ..numerics import opmath
 from ..swap import slots_of
+from .cache import Cache, may_be_random
 from .condition import Given, Needs, batch_of, given
 from .forms import FORMS
-from .layers import follow, leave, own_of, refuse_more
+from .frozen import frozen
+from .layers import check_tied, follow, leave, own_of, refuse_more
 from .select import Layer, choose
 from .tracing import trace
 from .transform import FilterTransform
 from .weight import ConditionedWeight
-
-_frozen: weakref.WeakSet[Conditioned] = weakref.WeakSet()
-_warned: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 class Conditioned(nn.Module):
@@ -52,24 +47,27 @@ class Conditioned(nn.Module):
         sample: an input of the model (or a tuple or mapping of its arguments), to find by one forward, in eval mode,
             the Linear layers that read a flattened map: their weights are kernels as well and must turn too.
         flattened: the same by hand: ``{"fc": (channels, height, width)}``.
-        freeze: the model's parameters take no gradients, and its batch normalization stays in eval mode.
+        freeze: the model's parameters take no gradients, and its batch normalization stays in eval mode (dropout
+            does not: it is no statistic of the base).
         form: how a batch with several conditions is computed: ``"loop"`` (one plain layer for each condition),
             ``"grouped"`` (one convolution with a group for each sample), ``"activation"`` (the condition acts on the
-            activations), or ``"auto"``, by shape. The numbers are the same.
+            activations; a layer or transform that has no such form raises), or ``"auto"``, by shape. The numbers are
+            the same.
         deduplicate: look at the values of conditions, once a call (on a GPU: one synchronization): equal ones are
-            computed once, NaN raises. Not where a gradient goes to each sample's condition, and not under
-            ``torch.compile``.
-        cache_size: for how many conditions the weights are kept where no gradients are wanted (``torch.no_grad()``,
-            or nothing to train); they take one copy of the weights each. 0 keeps those of the last call only.
+            computed once (unless a gradient goes to each sample's own), and NaN raises. Not under ``torch.compile``.
+        cache_size: for how many conditions, in all, the weights are kept where no gradients are wanted
+            (``torch.no_grad()``, or nothing to train); each takes one copy of the weights. A batch with more different
+            ones keeps none of them.
 
     The condition: a number, a tensor, or a mapping of names to these. One for the whole batch (a number or of the
-    shape of one), or with the batch in front one for each sample. Angles in radians. Gradients reach conditions, the
-    transform, and the base where it is not frozen.
+    shape of one; for an own module [1, ...]), or with the batch in front one for each sample. Angles in radians.
+    Gradients reach conditions, the transform, and the base where it is not frozen. Outside of a call the model has no
+    condition, and to call it or to read its weights raises: see :meth:`at`.
 
     Raises (before anything is changed):
         TypeError: an argument of another kind.
         ValueError: a pattern that matches nothing, a layer with no spatial kernel, a weight that is computed already,
-            one that the transform refuses.
+            one that the transform refuses, layers that share one and are not alike.
 
     Source: the question https://discuss.pytorch.org/t/learning-to-transform-cnn-filter-weights/127906; conditional
     filters: Yang et al. 2019 (CondConv); rotated ones: Pu et al. 2023 (ARC).
@@ -103,17 +101,23 @@ class Conditioned(nn.Module):
         found = {} if sample is None else trace("Conditioned", model, sample)
         chosen = choose("Conditioned", model, layers, flattened, found, transform)
         shared = {id(p): p for p in transform.parameters()}  # the user's own, as in wx.Rotate(angle=parameter)
-        maps: list[Any] = [copy.deepcopy(transform, dict(shared)) if ours else None for _ in chosen]
         weights = [ConditionedWeight(self, None, layer.shape) for layer in chosen]
-        for layer, own, weight in zip(chosen, maps, weights, strict=True):
+        first: dict[int, Layer] = {}  # of those that share a weight
+        for layer, weight in zip(chosen, weights, strict=True):
             refuse(layer.module, "weight", layer.raw, weight)
-            if own is not None:
+            if ours:
+                check_tied(first.setdefault(id(layer.raw), layer), layer)
                 try:
-                    own.check(weight.seen(layer.raw), layer.module)
+                    transform.check(weight.seen(layer.raw), layer.module)  # type: ignore[operator]
                 except (TypeError, ValueError) as e:
                     raise type(e)(f"Conditioned: {layer.path}: {e}") from e
+        for layer, weight in zip(chosen, weights, strict=True):
+            if first.get(id(layer.raw)) is layer:
+                own: Any = copy.deepcopy(transform, dict(shared))
+                own.create(weight.seen(layer.raw), layer.module)
+                weight.map = own
 
-        self.form, self.deduplicate, self.cache_size = form, deduplicate, cache_size
+        self.form, self.deduplicate = form, deduplicate
         self.frozen = freeze
         self.names = tuple(layer.path for layer in chosen)
         self.__dict__["_layers"] = [layer.module for layer in chosen]  # not submodules: the model has them
@@ -121,51 +125,49 @@ class Conditioned(nn.Module):
         self.transform = None if ours else transform
         self._needs: Needs = transform.needs() if isinstance(transform, FilterTransform) else {None: None}
         self._given: Given | None = None
-        self._kept: OrderedDict[tuple, Given] = OrderedDict()
+        self._kept = Cache(cache_size)
         self._turn = threading.RLock()
         self._inside = 0  # how many at() and forwards are open
         self._returned: int | None = None  # the backward in which the condition of a forward was brought back
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         self._stilled: list[nn.Module] = []
-        self._install(chosen, weights, maps)
+        self._install(chosen, weights)
         if freeze:
-            names = {name for name, _ in self._base()}
-            for name, p in model.named_parameters():
-                if name in names:
-                    p.requires_grad_(False)
-            _frozen.add(self)
+            for _, p in self.base():
+                p.requires_grad_(False)
+            frozen.add(self)
         self.training = model.training
         if self.transform is not None:
             self.transform.train(model.training)
         self._still()
 
-    def _install(self, chosen: Sequence[Layer], weights: Sequence[ConditionedWeight], maps: Sequence[Any]) -> None:
+    def _install(self, chosen: Sequence[Layer], weights: Sequence[ConditionedWeight]) -> None:
         slots: dict[int, tuple[Any, ConditionedWeight]] = {}
-        for layer, own, weight in zip(chosen, maps, weights, strict=True):
+        for layer, weight in zip(chosen, weights, strict=True):
             raw = layer.raw
             if id(raw) in slots:  # tied layers
                 slot, weight = slots[id(raw)]
                 slot.users += 1
             else:
-                if own is not None:
-                    own.create(weight.seen(raw), layer.module)
-                    weight.map = own
                 slot = new_slot(layer.module, raw)
                 slots[id(raw)] = slot, weight
             follow(layer.module)
             install(layer.module, "weight", raw, weight, slot)
 
-    def _base(self) -> list[tuple[str, nn.Parameter]]:
+    def base(self) -> list[tuple[str, nn.Parameter]]:
         """The model's own parameters, by their names in :attr:`model`."""
-        ours = {id(p) for p in self.transform_parameters()}
+        ours = {id(p) for weight in self._weights() for p in weight.parameters()}
         return [(name, p) for name, p in self.model.named_parameters() if id(p) not in ours]
 
     def _weights(self) -> list[ConditionedWeight]:
         return [m for m in self.model.modules() if isinstance(m, ConditionedWeight) and m.owner is self]
 
     def transform_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained: the parameters of the transform, for an optimizer."""
-        seen: set[int] = set()
+        """What is trained: the parameters of the transform, for an optimizer.
+
+        Not the model's, where the transform knows the model.
+        """
+        seen = {id(p) for _, p in self.base()}
         for module in (self.transform, *(w.map for w in self._weights())):
             for p in () if module is None else module.parameters():
                 if id(p) not in seen:
@@ -208,8 +210,7 @@ class Conditioned(nn.Module):
         if torch.compiler.is_compiling():
             before, self._given = self._given, self._find(condition, batch)
             output = self.model(*args, **kwargs)
-            if torch.compiler.is_exporting():
-                self._given = before
+            self._given = before
             return output
         with self._turn:
             here = self._find(condition, batch)
@@ -220,8 +221,7 @@ class Conditioned(nn.Module):
                 output = self.model(*args, **kwargs)
             finally:
                 self._inside -= 1
-                if self._inside or in_backward():
-                    self._given = before
+                self._given = before
         if torch.is_grad_enabled() and not special_mode():
             self._return_in_backward(here, output)
         return output
@@ -281,29 +281,38 @@ class Conditioned(nn.Module):
     def _find(self, condition: Any, batch: int | None) -> Given:
         for path, layer in zip(self.names, self._layers, strict=True):
             refuse_more(layer, path)
+            if not self._follows(layer):
+                raise RuntimeError(
+                    f"Conditioned: {path}.weight does not follow the condition any more (unwrap() or wx.bake() was "
+                    "called): call the model itself, or wrap it anew"
+                )
         raws: list[Any] = [layer._parameters["weight"] for layer in self._layers]
         first, wide = raws[0], any(w.dtype is torch.float64 for w in raws)
         dtype = torch.float64 if wide else opmath(first.dtype)
         found = given("Conditioned", condition, self._needs, batch, first.device, dtype, self.deduplicate)
-        if torch.compiler.is_compiling() or found.key is None or not self._keeps(found):
+        if torch.compiler.is_compiling() or found.key is None:
             return found
-        key = found.key, first.device, dtype
-        known = self._kept.pop(key, found)
-        known.keep()
-        self._kept[key] = known
-        while len(self._kept) > max(self.cache_size, 1):
-            self._kept.popitem(last=False)
-        return known
+        if self._keeps(found):
+            return self._kept.known((found.key, first.device, dtype), found)
+        if torch.is_grad_enabled():  # in training, where memory is short, and what is kept is soon old
+            self._kept.clear()
+        return found
 
     def _keeps(self, found: Given) -> bool:
         """Whether what is computed may serve later calls: without a graph, and where nothing is random."""
-        if in_backward() or special_mode() or (self.transform is not None and self.transform.training):
+        if in_backward() or special_mode() or any(map(may_be_random, self._roots())):
             return False
         if any(slots_of(layer)["weight"].managed for layer in self._layers):  # FSDP2 writes unseen
             return False
         if not torch.is_grad_enabled():
             return True
         return not found.needs_grad() and not any(t.requires_grad for layer in self._layers for t in _tensors_of(layer))
+
+    def _roots(self) -> Iterator[nn.Module]:
+        if self.transform is not None:
+            yield self.transform
+        else:
+            yield from (own.map for layer in self._layers if (own := own_of(layer)) is not None and own.map is not None)
 
     def _follows(self, module: nn.Module) -> bool:
         own = own_of(module)
@@ -313,7 +322,7 @@ class Conditioned(nn.Module):
 
     def bake(self, condition: Any = None) -> nn.Module:
         """A plain copy of the model with the weights at ``condition`` (one condition)."""
-        with torch.no_grad(), self.at(condition):
+        with torch.inference_mode(False), torch.no_grad(), self.at(condition):
             kind = next(iter(self.model.parameters())).device.type
             with torch.autocast(kind, enabled=False):
                 values = [
@@ -348,7 +357,7 @@ class Conditioned(nn.Module):
             p.requires_grad_(self._required.get(name, p.requires_grad))
         for module in self._stilled:
             module.training = True
-        _frozen.discard(self)
+        frozen.discard(self)
         self._given = None
         self._kept.clear()
         return self.model
@@ -356,7 +365,7 @@ class Conditioned(nn.Module):
     # copies
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_given": None, "_kept": OrderedDict(), "_inside": 0, "_returned": None}
+        state = {**self.__dict__, "_given": None, "_inside": 0, "_returned": None}
         del state["_turn"]
         return state
 
@@ -364,7 +373,7 @@ class Conditioned(nn.Module):
         super().__setstate__(state)
         self._turn = threading.RLock()
         if self.frozen:
-            _frozen.add(self)
+            frozen.add(self)
 
 
 def _tensors_of(layer: nn.Module) -> Iterator[Tensor]:
@@ -373,24 +382,3 @@ def _tensors_of(layer: nn.Module) -> Iterator[Tensor]:
     if own is not None:
         yield from own.tensors()
     yield layer._parameters["weight"]  # type: ignore[misc]
-
-
-
-
-def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    held = sum(len(group["params"]) for group in optimizer.param_groups)
-    if not _frozen or _warned.get(optimizer) == held:
-        return
-    _warned[optimizer] = held
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for net in list(_frozen):
-        count = sum(id(p) in ids and not p.requires_grad for _, p in net._base())
-        if count:
-            warnings.warn(
-                f"the optimizer holds {count} parameters of the frozen base of a wx.Conditioned, which get no "
-                "gradients: give it net.transform_parameters(), or make the net with freeze=False",
-                stacklevel=3,
-            )
-
-
-register_optimizer_step_pre_hook(_before_step)
