@@ -95,6 +95,19 @@ def test_activations_from_end_to_end(activation, dtype) -> None:
 
 
 @every
+def test_activations_of_any_number(activation) -> None:
+    """Beyond what an exponential has, and infinity, where the reference may have NaN."""
+    ends = torch.tensor([100.0, 1e20, 1e30, 1e38, torch.inf])
+    x = torch.cat([-ends, ends])[:, None]
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    forward, backward = OPS["filter_mlp_fwd"], OPS["filter_mlp_bwd"]
+    args = x, none[None], one, one, none, activation, False, None
+    assert_close(forward(*args), forward.reference(*args), equal_nan=True)
+    args = torch.ones(1, len(x), 1), x, none[None], one, one, activation, False, True
+    assert_close(backward(*args)[0], backward.reference(*args)[0], equal_nan=True)
+
+
+@every
 def test_nan_stays(activation) -> None:
     weight, *others = (t.detach() for t in inputs(dtype=torch.float32))
     weight[1, 2, 0, 1] = float("nan")
@@ -227,6 +240,20 @@ def test_a_write_between_forward_and_backward_raises(written) -> None:
         out.backward(torch.randn_like(out))
 
 
+def test_what_the_backward_does_not_read_may_be_written() -> None:
+    """The gradient of the second layer reads the hidden one, that of its bias nothing."""
+    leaves = dict(zip(NAMES, inputs(), strict=True))
+    frozen = {name: t if name in ("w2", "b2") else t.detach() for name, t in leaves.items()}
+    out = filter_mlp(**frozen)
+    upstream = torch.randn_like(out)
+    both = leaves["w2"], leaves["b2"]
+    expected = torch.autograd.grad(out, both, upstream)
+    with torch.no_grad():
+        leaves["w2"].mul_(2)
+    for got, want in zip(torch.autograd.grad(out, both, upstream), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_one_result_serves_many_backward_passes() -> None:
     shapes = (20, 9), (3, 6), (6, 9), (9, 6), (9,)
     leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -245,6 +272,7 @@ def test_one_result_serves_many_backward_passes() -> None:
         ({"w2": torch.ones(9, 6, dtype=torch.int64)}, TypeError, "filter_mlp: w2 must be float64"),
         ({"b1": torch.ones(6, device="meta")}, ValueError, "b1 must be on cpu as weight is"),
         ({"weight": torch.ones(5, 4)}, ValueError, r"weight must be \[O, I, \*kernel\], got"),
+        ({"weight": torch.ones(5, 4, 0)}, ValueError, "filter_mlp: weight must have a tap, got"),
         ({"condition": torch.ones(1, 3, 2)}, ValueError, r"condition must be \[n\] or \[B, n\], got"),
         ({"condition": torch.ones(3, 4)}, ValueError, r"w1 must be \[6, 13\], got"),
         ({"w1": torch.ones(6, 9)}, ValueError, r"w1 must be \[6, 11\], got"),
@@ -261,3 +289,11 @@ def test_bad_arguments(arguments, kind, message) -> None:
     given = dict(zip(NAMES, (t.detach() for t in inputs(dtype=torch.float32)), strict=True))
     with pytest.raises(kind, match=message):
         filter_mlp(**{**given, **arguments})
+
+
+@pytest.mark.parametrize(("taps", "hidden"), [(3, 0), (0, 3)])
+def test_the_op_refuses_no_hidden_unit_and_no_tap(taps, hidden) -> None:
+    """As those of a GPU do, before anything is made."""
+    grad, weight, v = torch.randn(2, 5, taps), torch.randn(5, taps), torch.randn(2, hidden)
+    with pytest.raises(RuntimeError, match="filter_mlp: there must be a hidden unit and a tap"):
+        OPS["filter_mlp_bwd"](grad, weight, v, torch.randn(hidden, taps), torch.randn(taps, hidden), "silu", True, True)

@@ -176,6 +176,24 @@ def test_a_written_input_and_a_second_backward(written: str) -> None:
         out.backward(upstream)
 
 
+@pytest.mark.parametrize("trained", ["weight", "matrix"])
+def test_what_the_backward_does_not_read_may_be_written(trained: str) -> None:
+    """As with a product of two tensors: the gradient of one is made with the other alone."""
+    tensors = {"weight": torch.randn(3, 2, 3, 3), "matrix": torch.randn(2, 9, 9)}
+    leaf = tensors[trained].requires_grad_()
+    out = filter_warp(**tensors)
+    upstream = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaf, upstream)
+    with torch.no_grad():
+        leaf.mul_(2)
+    assert torch.equal(torch.autograd.grad(out, leaf, upstream)[0], expected[0])
+
+
+def test_the_layer_on_meta() -> None:
+    layer = wx.AdaptiveRotatedConv2d(4, 5, 3, device="meta")
+    assert layer(torch.empty(2, 4, 8, 8, device="meta")).shape == (2, 5, 6, 6)
+
+
 PROBE = """
 import hashlib, torch
 from weightxform.registry import OPS
@@ -208,6 +226,12 @@ def test_both_widths_of_vectors_give_the_same_bits() -> None:
         ({"weight": 3}, TypeError, "filter_warp: weight must be"),
         ({"weight": torch.ones(2, 2, 3, dtype=torch.int64)}, TypeError, "filter_warp: weight must be"),
         ({"weight": torch.ones(2, 3)}, ValueError, r"filter_warp: weight must be \[O, I, \*kernel\], got"),
+        ({"weight": torch.ones(2, 2, 0), "matrix": torch.ones(0, 0)}, ValueError, "weight must have a tap, got"),
+        (
+            {"weight": torch.ones(0, 2, 2, 3), "matrix": torch.ones(1, 0, 3, 3)},
+            ValueError,
+            "filter_warp: weight must have a tap and a bank, got",
+        ),
         ({"matrix": [[1.0]]}, TypeError, "filter_warp: matrix must be"),
         ({"matrix": torch.ones(3, 4)}, ValueError, r"matrix must be \[3, 3\] or \[B, 3, 3\] for this weight, got"),
         ({"matrix": torch.ones(3)}, ValueError, r"matrix must be \[3, 3\] or \[B, 3, 3\]"),

@@ -16,6 +16,7 @@ from weightxform.spectral_norm import reference
 from weightxform.spectral_norm.function import apply, apply_list
 from weightxform.spectral_norm.op import make_inputs
 from weightxform.verify import check_case
+from weightxform.weight_norm.function import apply as weight_norm
 
 SHAPES = [((4, 6), 0), ((6, 4), 1), ((3, 2, 2, 2), 0), ((2, 3, 2, 2), 1), ((5,), 0)]
 OPTIONS = [{}, {"order": "v_first"}, {"bound": 0.5}, {"bound": 100.0}, {"gain": 1.3}, {"gain": 0.7, "bound": 0.5}]
@@ -328,3 +329,14 @@ def test_an_exported_program_trains(transform: type) -> None:
     got = dict(program.named_parameters())
     for (name, _), g in zip(layer.named_parameters(), expected, strict=True):
         torch.testing.assert_close(got[name].grad, g)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_tangent_has_the_dtype_of_the_result(dtype: torch.dtype | None) -> None:
+    weight, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
+    for f in (
+        lambda w: wx.functional.spectral_norm(w, u, v, dtype=dtype)[0],
+        lambda w: weight_norm(w, u, 0, dtype)[0],
+    ):
+        out, tangent = torch.func.jvp(f, (weight,), (torch.randn_like(weight),))
+        assert tangent.dtype == out.dtype == (dtype or torch.float32)

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import weightxform as wx
 from weightxform.functional import modulate
 from weightxform.numerics import relative_error
 
@@ -48,6 +49,21 @@ def test_derivatives_of_every_order_and_mode(demodulate) -> None:
     small = inputs((3, 2, 2))
     assert gradcheck(f, small, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(f, small, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_reverse_over_forward_mode(demodulate) -> None:
+    """The tangent is a function of the scales, and they of both arguments."""
+    leaves = tuple(t.detach() for t in inputs((3, 2, 2)))
+    along = tuple(torch.randn_like(t) for t in leaves)
+
+    def gradients(f) -> tuple[Tensor, ...]:
+        def tangent(*at: Tensor) -> Tensor:
+            return torch.func.jvp(lambda *a: f(*a, demodulate).sin().sum(), at, along)[1]
+
+        return torch.func.grad(tangent, (0, 1))(*leaves)
+
+    assert_close(gradients(modulate), gradients(plain))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (1, 1)], ids=str)
@@ -205,6 +221,65 @@ def test_a_write_between_forward_and_backward_raises(written) -> None:
         leaves[written].mul_(2)
     with pytest.raises(RuntimeError, match="written between forward and backward"):
         out.backward(torch.randn_like(out))
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_without_demodulation_a_gradient_reads_the_other_argument_alone(trained) -> None:
+    leaves = [t.detach() for t in inputs()]
+    leaf = leaves[trained].requires_grad_()
+    out = modulate(*leaves, demodulate=False)
+    upstream = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, leaf, upstream)
+    with torch.no_grad():
+        leaf.mul_(2)
+    assert torch.equal(torch.autograd.grad(out, leaf, upstream)[0], expected)
+
+
+def layers(**options) -> list[wx.ModulatedConv2d]:
+    """The same one in both forms."""
+    forms = [
+        wx.ModulatedConv2d(style_features=4, bias=False, form=f, **options) for f in ("materialised", "activation")
+    ]
+    forms[1].load_state_dict(forms[0].state_dict())
+    return forms
+
+
+def test_float16_filters_that_all_point_one_way() -> None:
+    """The sum over all channels and taps of what is at most 20 is beyond float16, unless filters have norm 1."""
+    x, style = torch.full((2, 512, 3, 3), 20.0).half(), torch.zeros(2, 4).half()
+    for layer in layers(in_channels=512, out_channels=4, kernel_size=3, dtype=torch.float16):
+        torch.nn.init.constant_(layer.weight, 0.01)
+        torch.nn.init.zeros_(layer.affine.weight)
+        y = layer(x, style)
+        assert_close(y.double(), torch.full(y.shape, 20 * (512 * 9) ** 0.5).double(), rtol=2e-3, atol=0)
+
+
+def test_float16_filters_and_styles_that_are_tiny() -> None:
+    """Their product is below float16, the output is not."""
+    layer = layers(in_channels=8, out_channels=6, kernel_size=3, demodulate=False, dtype=torch.float16)[1]
+    torch.nn.init.constant_(layer.weight, 1e-4)
+    torch.nn.init.zeros_(layer.affine.weight)
+    torch.nn.init.constant_(layer.affine.bias, 1e-4)
+    y = layer(torch.full((2, 8, 3, 3), 1000.0).half(), torch.zeros(2, 4).half())
+    assert_close(y.double(), torch.full(y.shape, 8 * 9 * 1000 * 1e-8).double(), rtol=5e-3, atol=0)
+
+
+def test_second_derivatives_at_a_kernel_of_zeros() -> None:
+    x, style = torch.randn(2, 3, 5, 5).double(), torch.randn(2, 4).double()
+    found = []
+    for layer in layers(in_channels=3, out_channels=4, kernel_size=3, dtype=torch.float64):
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-1, 1, layer.weight.numel()).reshape(layer.weight.shape))[1, 2] = 0
+            layer.affine.weight.fill_(0.1)
+        (first,) = torch.autograd.grad(layer(x, style).square().sum(), layer.weight, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), layer.weight)[0])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("form", ["materialised", "activation"])
+def test_the_layer_on_meta(form) -> None:
+    layer = wx.ModulatedConv2d(4, 5, 3, 2, form=form, device="meta")
+    assert layer(torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, 2, device="meta")).shape == (2, 5, 6, 6)
 
 
 def test_one_result_serves_many_backward_passes() -> None:

@@ -162,7 +162,18 @@ def test_angles_of_every_form() -> None:
     assert torch.equal(rotation_matrix(torch.tensor([0.5]), 3)[0], a)
     assert torch.equal(rotation_matrix(torch.tensor(0.5, dtype=torch.bfloat16), (3, 3)), a)
     assert rotation_matrix(torch.zeros(0), (2, 3)).shape == (0, 6, 6)
+    assert torch.equal(rotation_matrix(0.5, [3, 3]), a)
     torch.testing.assert_close(affine_matrix(torch.eye(2, 3), (2, 3)), torch.eye(6))
+
+
+def test_a_number_is_not_rounded_to_a_half_default() -> None:
+    expected = rotation_matrix(0.3, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = rotation_matrix(0.3, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_a_written_angle_and_a_second_backward() -> None:
@@ -186,6 +197,7 @@ def test_a_written_angle_and_a_second_backward() -> None:
         (lambda: rotation_matrix(torch.ones(2, 1), 3), ValueError, r"angle must be a number, 0-dim or \[B\], got"),
         (lambda: rotation_matrix(0.1, 3.0), TypeError, "rotation_matrix: kernel_size must be an int, got 3.0"),
         (lambda: rotation_matrix(0.1, 0), ValueError, "rotation_matrix: kernel_size must be at least 1, got 0"),
+        (lambda: rotation_matrix(torch.ones(0), 5000), ValueError, "kernel_size must be at most 4096, got 5000"),
         (lambda: rotation_matrix(0.1, (3, 3, 3)), ValueError, "kernel_size must be an int or two of them"),
         (lambda: rotation_matrix(0.1, 3, "nearest"), ValueError, "interpolation must be 'bilinear' or 'bicubic'"),
         (lambda: rotation_matrix(0.1, 3, padding="wrap"), ValueError, "padding must be 'zeros' or 'border'"),

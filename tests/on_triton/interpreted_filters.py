@@ -124,6 +124,20 @@ def test_functions(dtype):
     assert torch.equal(root, torch.tensor([math.sqrt(abs(y)) for y in x.tolist()], dtype=dtype))
 
 
+@triton.jit
+def slopes(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    _, slope = mlp.activated(tl.load(x + i), "relu")
+    tl.store(out + i, slope)
+
+
+def test_the_slope_of_relu_at_infinity():
+    x = torch.tensor([torch.inf, -torch.inf, 1e30, 0.0])
+    out = torch.empty(4)
+    slopes[(1,)](x, out, N=4)
+    assert out.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_taps_on_taps(interpolation, padding):

@@ -105,6 +105,21 @@ def test_networks_of_other_sizes(gpu, batch, filters, taps, hidden, dtype, activ
         check(gpu, "filter_mlp_bwd", grad, weight, v, w1, w2, activation, True, need_weight)
 
 
+def test_modulation_of_filters_with_no_taps(gpu):
+    """The scales are still there: of eps alone."""
+    args = randn(2, 3, 0), randn(5, 3, seed=1), True, 0.25, None
+    out, d = gpu["modulate_fwd"](*args)
+    assert out.shape == (5, 2, 3, 0) and torch.equal(d, torch.full((5, 2), 2.0))
+
+
+def test_the_slope_of_tanh(gpu):
+    """Where 1 - tanh^2 would be off by three roundings."""
+    x = torch.linspace(-9, 9, 4001)[:, None].contiguous()
+    one = torch.ones(1, 1)
+    slope = gpu["filter_mlp_bwd"](torch.ones(1, 4001, 1), x, torch.zeros(1, 1), one, one, "tanh", False, True)[0]
+    assert (slope.double() - x.double().cosh() ** -2).abs().max() < 2.5 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
@@ -116,6 +131,21 @@ def test_networks_of_other_sizes(gpu, batch, filters, taps, hidden, dtype, activ
         ("warp_matrix_fwd", (randn(2, 2), "rotate", 3, 3, 1.0, 1.0, "bilinear", "zeros"), r"params must be \[B, P\]"),
         ("warp_matrix_fwd", (randn(2, 1), "turn", 3, 3, 1.0, 1.0, "bilinear", "zeros"), "kind must be"),
         ("warp_matrix_fwd", (randn(2, 1), "rotate", 3, 3, 1.0, 1.0, "nearest", "zeros"), "interpolation must be"),
+        (
+            "warp_matrix_bwd",
+            (
+                randn(1, 1, 1).expand(1 << 31, 1, 1),
+                randn(1, 1).expand(1 << 31, 1),
+                "rotate",
+                1,
+                1,
+                1.0,
+                1.0,
+                "bilinear",
+                "zeros",
+            ),
+            "fewer than 2\\^31 conditions",
+        ),
         ("modulate_fwd", (randn(3, 4, 9), randn(2, 5), True, 1e-8, None), r"style must be \[N, I\]"),
         ("modulate_bwd", (randn(2, 3, 4, 8), randn(3, 4, 9), randn(2, 4), randn(2, 3), True, True, True), "grad must"),
         ("modulate_bwd", (randn(2, 3, 4, 9), randn(3, 4, 9), randn(2, 4), randn(3, 2), True, True, True), "d must be"),
