@@ -38,15 +38,17 @@ class Conditioned(nn.Module):
     Args:
         model: changed in place; also :attr:`model`.
         transform: a ``wx.FilterTransform`` (``wx.Rotate() + wx.LearnedResidual()``), of which each layer gets a copy
-            with parameters of its own, in ``layer.weight_transform.map`` (a parameter that you give it, as in
+            with parameters of its own, in ``layer.weight_transform.map`` (an ``nn.Parameter`` that you give it, as in
             ``wx.Rotate(angle=parameter)``, is that of all); or any ``nn.Module`` called as
             ``transform(weight, condition) -> weight``, one for all layers, :attr:`transform`. That gets one condition
             at a time (a mapping of them as a dict).
         layers: shell patterns for names of layers (``["conv1", "layer2.*"]``). Default: all convolutions (for warps
-            those with more than one tap) and the Linear layers that ``sample`` or ``flattened`` says are spatial.
+            those with more than one tap; not the router of an ``AdaptiveRotatedConv2d``) and the Linear layers that
+            ``sample`` says are spatial.
         sample: an input of the model (or a tuple or mapping of its arguments), to find by one forward, in eval mode,
-            the Linear layers that read a flattened map: their weights are kernels as well and must turn too.
-        flattened: the same by hand: ``{"fc": (channels, height, width)}``.
+            the Linear layers that read a flattened map: their weights are kernels as well and must turn too. It warns
+            of one whose map was put in another order on the way.
+        flattened: the same by hand, whatever ``layers`` says: ``{"fc": (channels, height, width)}``.
         freeze: the model's parameters take no gradients, and its batch normalization stays in eval mode (dropout
             does not: it is no statistic of the base).
         form: how a batch with several conditions is computed: ``"loop"`` (one plain layer for each condition),
@@ -66,8 +68,9 @@ class Conditioned(nn.Module):
 
     Raises (before anything is changed):
         TypeError: an argument of another kind.
-        ValueError: a pattern that matches nothing, a layer with no spatial kernel, a weight that is computed already,
-            one that the transform refuses, layers that share one and are not alike.
+        ValueError: a pattern that matches nothing, a layer with no spatial kernel, a weight that is computed already
+            (here, or by torch: parametrized, pruned), one that the transform refuses, layers that share one and are
+            not alike.
 
     Source: the question https://discuss.pytorch.org/t/learning-to-transform-cnn-filter-weights/127906; conditional
     filters: Yang et al. 2019 (CondConv); rotated ones: Pu et al. 2023 (ARC).
