@@ -215,6 +215,7 @@ def test_the_hidden_layer_is_not_stored() -> None:
     upstream = torch.randn(7, *leaves[0].shape)
     with Largest() as of:
         torch.autograd.backward(filter_mlp(*leaves), upstream)
+    assert not [name for name in of.made if "slice" in name], "each is a kernel that fills and one that copies"
     assert of.made.pop("weightxform.filter_mlp_fwd.default") == upstream.numel()
     assert of.made["weightxform.filter_mlp_bwd.default"] == leaves[0].numel()
     assert max(of.made.values()) <= leaves[0].numel(), of.made
@@ -230,7 +231,7 @@ def test_a_gradient_is_computed_where_it_is_needed(needed) -> None:
     assert_close(leaves[needed].grad, want)
 
 
-@pytest.mark.parametrize("written", ["weight", "w1", "w2"])
+@pytest.mark.parametrize("written", ["weight", "w2"])  # of w1 it has a copy
 def test_a_write_between_forward_and_backward_raises(written) -> None:
     leaves = dict(zip(NAMES, inputs(), strict=True))
     out = filter_mlp(**leaves)
