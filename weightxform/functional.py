@@ -350,8 +350,8 @@ def filter_mlp(
     _require_dtype("filter_mlp", dtype)
     wide = opmath(weight.dtype)
     conditions = (condition if condition.ndim == 2 else condition[None]).to(wide)
-    # in memory of their own, as the op wants the first; their gradients are one cat
-    of_taps, of_condition = torch.split_with_sizes_copy(w1.to(wide), [taps, condition.shape[-1]], 1)
+    # their gradients are one cat; of a copy, because torch is strict with writes to what was split
+    of_taps, of_condition = w1.to(wide, copy=True).split([taps, condition.shape[-1]], 1)
     v = torch.addmm(*map(unrounded, (b1.to(wide), conditions, of_condition.T)))
     out = _fm.apply(weight.reshape(-1, taps), v, of_taps, w2, b2, activation, residual, dtype)
     return out.reshape((conditions.shape[0], *weight.shape) if condition.ndim == 2 else weight.shape)
