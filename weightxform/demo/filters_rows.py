@@ -97,7 +97,7 @@ ROWS = (
         lambda m, h: _by_shape(m, h, Literal), lambda m, h: _plain(m, h, Literal)),
     Row("mlp", "per-filter MLP of w, cos, sin", 1200, 3e-3,
         _by(wx.FilterMLP(HIDDEN)), lambda m, h: _plain(m, h, lambda w: PerFilter(w, HIDDEN))),
-    Row("learned", "learned A(c), A = 1 at first", 1200, 3e-3,
+    Row("learned", "learned A(c), A = 1 at first", 1200, 1e-3,  # at 3e-3 one seed of three stayed at 24 %
         _by(wx.Learned(harmonics=1, init="identity")), _map(1, False)),
     Row("residual", "analytic + learned residual", 600, 1e-3,
         _by(wx.Rotate() + wx.LearnedResidual(harmonics=1)), _map(1, True)),
