@@ -135,5 +135,5 @@ def test_in_a_parametrization_of_torch() -> None:
 
 def test_a_trace_is_told_what_to_do() -> None:
     net = wx.Conditioned(cnn(), wx.Rotate())
-    with pytest.raises(RuntimeError, match=r"torch.jit.trace wants net.bake\(condition\)"):
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace want net.bake\(condition\)"):
         torch.jit.trace(net, (X, ANGLES))

@@ -324,5 +324,5 @@ def _held(transform: nn.Module) -> dict[str, tuple]:
     return {
         key: ((id(t), versions.stamp(t), t.untyped_storage()._cdata), t.detach())
         for key, t in tensors.items()
-        if not is_lazy(t)
+        if not is_lazy(t) and t.layout is torch.strided
     }

@@ -57,7 +57,8 @@ class ConditionedWeight(Transform):
         if given is None:
             raise RuntimeError(
                 "Conditioned: no condition yet: call net(inputs, condition), or read weights inside "
-                f"`with net.at(condition):`; torch.jit.trace wants net.bake(condition). {self.instead_of_writing}"
+                "`with net.at(condition):`; wx.bake and torch.jit.trace want net.bake(condition). "
+                f"{self.instead_of_writing}"
             )
         return given
 
