@@ -14,6 +14,11 @@ from torch.nn.utils import parametrize, vector_to_parameters
 import weightxform as wx
 
 
+class Times(nn.Module):
+    def forward(self, weights: Tensor, condition: Tensor) -> Tensor:
+        return weights * condition
+
+
 def fresh(net: wx.Conditioned, condition: Any) -> Tensor:
     return copy.deepcopy(net)(X, condition)
 
@@ -137,3 +142,15 @@ def test_a_trace_is_told_what_to_do() -> None:
     net = wx.Conditioned(cnn(), wx.Rotate())
     with pytest.raises(RuntimeError, match=r"torch.jit.trace want net.bake\(condition\)"):
         torch.jit.trace(net, (X, ANGLES))
+
+
+def test_a_mapping_with_one_condition_is_a_mapping() -> None:
+    class Named(nn.Module):
+        def forward(self, weights: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+            return weights * conditions["condition"]
+
+    net, other = wx.Conditioned(cnn(), Named()), wx.Conditioned(cnn(), Times())
+    for c in (0.5, ANGLES):
+        torch.testing.assert_close(net(X, {"condition": c}), other(X, c))
+    with pytest.raises(ValueError, match="Conditioned: the condition must be finite"):
+        other(X, float("nan"))

@@ -24,6 +24,9 @@ class Positive(tuple):
     __slots__ = ()
 
 
+ALONE = "the condition"  # the name of one that was given without any
+
+
 class Given:
     """The conditions of one forward.
 
@@ -144,7 +147,7 @@ def _named(owner: str, condition: object, needs: Needs) -> dict[str, Any]:
         return {}
     if len(names) > 1:
         raise ValueError(f"{owner}: condition must be a mapping with {_listed(names)}, got {type(condition).__name__}")
-    return {names[0] if names else "condition": condition}
+    return {names[0] if names else ALONE: condition}
 
 
 def _listed(names: list[str]) -> str:

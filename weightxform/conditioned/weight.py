@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import versions
 from .._torch import autocast_dtype
 from ..transform import Transform, configured_after
+from .condition import ALONE
 from .transform import FilterTransform
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _by_any(transform: nn.Module, weight: Tensor, given: Given) -> Tensor:
     before = None if torch.compiler.is_compiling() else versions.stamp(weight)
     for k in range(given.count):
         conditions = {name: v[k] for name, v in given.values.items()}
-        alone = next(iter(conditions.values())) if list(conditions) == ["condition"] else conditions
+        alone = next(iter(conditions.values())) if list(conditions) == [ALONE] else conditions
         out = transform(weight, alone)
         if not isinstance(out, Tensor) or out.shape != weight.shape:
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
