@@ -167,6 +167,10 @@ def test_autocast_gives_one_dtype_in_all_forms(form: str) -> None:
     net = wx.Conditioned(cnn().float(), wx.Rotate(), form=form)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(X.float(), ANGLES).dtype == torch.bfloat16
+    net = wx.Conditioned(cnn(), wx.Rotate(), form=form)  # which it leaves at float64
+    expected = net(X, ANGLES)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(net(X, ANGLES), expected)
 
 
 class Standardized(nn.Conv2d):

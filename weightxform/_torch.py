@@ -143,14 +143,14 @@ def outside_autocast(function: _F) -> _F:
     """``function`` of tensors, with autocast off: where it multiplies matrices it would round them to a half type."""
 
     @functools.wraps(function)
-    def outside(*args: Any) -> Any:
+    def outside(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # in terms that Dynamo knows
-            with autocast_off(first_device(args) or "cpu"):
-                return function(*args)
+            with autocast_off(first_device((*args, *kwargs.values())) or "cpu"):
+                return function(*args, **kwargs)
         if not torch._C._is_any_autocast_enabled():
-            return function(*args)
+            return function(*args, **kwargs)
         with torch._C._DisableAutocast():  # for all devices, and far cheaper than torch.autocast
-            return function(*args)
+            return function(*args, **kwargs)
 
     return outside  # type: ignore[return-value]
 

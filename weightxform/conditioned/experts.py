@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import outside_autocast
 from ..checks import require_bool, require_int, require_number
 from ..numerics import opmath
 from ..transform import describe
 from .features import Features, Net
 from .respond import over_channels, respond, responds
-from .transform import Conditions, FilterTransform, Needs, full_precision, numbers
+from .transform import Conditions, FilterTransform, Needs, numbers
 
 _FACTORS = ("expert", "spatial", "input", "output")
 _WITHIN = ("spatial", "input")  # of a filter bank's rows
@@ -142,7 +143,7 @@ class Experts(FilterTransform):
             banks.append(self.experts.to(weight.dtype).flatten(2).movedim(0, dim))
         return torch.cat(banks, dim) if len(banks) > 1 else banks[0]
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         values = self._values(weight, conditions)
         out = self._mixed(weight.to(opmath(weight.dtype)), values.get("expert"), values.get("output"))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch import outside_autocast
 from ..checks import require_int
-from .transform import Conditions, full_precision, numbers
+from .transform import Conditions, numbers
 
 
 class Features(NamedTuple):
@@ -68,7 +69,7 @@ class Net(nn.Module):
             nn.init.zeros_(self.last.weight)
             nn.init.zeros_(self.last.bias)
 
-    @full_precision
+    @outside_autocast
     def forward(self, f: Tensor) -> Tensor:
         if self.first is not None:
             f = F.silu(F.linear(f, self.first.weight.to(f.dtype), self.first.bias.to(f.dtype)))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch import outside_autocast
 from ..checks import require_bool, require_choice, require_int
 from ..filter_mlp import function as filter_mlp
 from ..filter_mlp.reference import ACTIVATIONS
 from ..numerics import opmath
 from .features import Features, Net
 from .respond import over_channels, respond, responds
-from .transform import Conditions, FilterTransform, Kernel, Needs, full_precision
+from .transform import Conditions, FilterTransform, Kernel, Needs
 
 
 class _OfFeatures(FilterTransform):
@@ -106,11 +107,11 @@ class FilterMLP(_OfFeatures):
             scale = torch.where(rms > 0, rms, scale)  # also for a weight with no numbers
         self.scale = scale
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return self._mapped(weight, conditions, dtype, False)
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return self._mapped(weight, conditions, dtype, self.residual)
 
@@ -188,12 +189,12 @@ class LowRank(_OfFeatures):
         g = self.g(self.features.of(conditions, self.fitting(weight)))
         return self.U.to(g.dtype) * g[:, None, :], self.V.to(g.dtype)
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         u, v = self._scaled(weight, conditions)
         return (u.flatten(0, 1) @ v).reshape(-1, *weight.shape).to(dtype or weight.dtype)
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         u, v = self._scaled(weight, conditions)
         flat = weight.to(u.dtype).reshape(1, *u.shape[1:2], -1).expand(u.shape[0], -1, -1)
@@ -269,12 +270,12 @@ class AffineHypernet(_OfFeatures):
         f = self.features.of(conditions, self.fitting(weight))
         return F.silu(F.linear(f, self.w1.to(f.dtype), self.b1.to(f.dtype)))
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         h = self._units(weight, conditions)
         return (h @ self.H.to(h.dtype)).reshape(-1, *weight.shape).to(dtype or weight.dtype)
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         h = self._units(weight, conditions)
         out = torch.addmm(weight.to(h.dtype).reshape(1, -1), h, self.H.to(h.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import autocast_dtype
+from .._torch import cast_by_autocast
 from ..swap import base_of, child_name, plain_of, set_slots, slots_of
 from . import forms
 from .condition import Given
@@ -100,7 +100,7 @@ def _several(layer: Any, own: ConditionedWeight, given: Given, x: Tensor, *args:
             slots_of(layer)["weight"].weight.check_untouched("weight")
         y = _activation(layer, own, transform, given, x)
         if y is not None:
-            return y.to(autocast_dtype(x.device.type) or y.dtype)
+            return y.to(cast_by_autocast(y) or y.dtype)
         if own.owner.form == "activation":
             raise RuntimeError(
                 f"Conditioned: form='activation' is not there for {type(transform).__name__} on a "

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._torch import outside_autocast
 from ..checks import require_int
 from ..numerics import opmath
 from .features import Features
-from .transform import Conditions, Needs, Warp, full_precision, warped
+from .transform import Conditions, Needs, Warp, warped
 from .warps import Rotate
 
 _SAMPLES = 720  # of the circle, to which a map is fitted
@@ -50,7 +51,7 @@ class _Network(Warp):
             self.b1 = nn.Parameter(torch.empty(self.hidden, **options).uniform_(-bound, bound))
             self.w2 = nn.Parameter(torch.zeros(entries, self.hidden, **options))
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         taps = self.seen().taps
         f = self.features.of(conditions, like)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import special_mode
+from .._torch import outside_autocast, special_mode
 from ..checks import require_int
 from ..numerics import opmath
 from ..transform import describe
-from .transform import Conditions, Kernel, Needs, View, Warp, full_precision, given, numbers
+from .transform import Conditions, Kernel, Needs, View, Warp, given, numbers
 from .warps import plane_of, require_axis
 
 _RING = (0, 3, 6, 7, 8, 5, 2, 1)  # the outer taps of 3x3, counterclockwise from the upper left
@@ -80,7 +80,7 @@ class Flip(_Tabled):
         self.rows = torch.arange(size.numel()).reshape(size).flip(self.axis).reshape(1, -1)
         self.table = self.rows.to(weight.device)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         flipped = self.chosen(None, like)
         if self.condition is None:
@@ -149,7 +149,7 @@ class Permute(_Tabled):
         assert self.rows is not None
         self.table = self.rows.to(weight.device)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         index = given("Permute", conditions, self.condition)
         if not isinstance(index, Tensor) or index.dtype == torch.bool or index.is_complex():

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import outside_autocast
 from ..checks import require_choice, require_int
 from ..numerics import opmath
-from .transform import Conditions, Kernel, full_precision
+from .transform import Conditions, Kernel
 from .warps import Sampled
 
 CUTOFF = 0.3
@@ -92,7 +93,7 @@ class Steerable(Sampled):
             self._make(self.constants.device, opmath(self.constants.dtype))  # not rounded to a half type
         return out
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         taps = self.seen().taps
         assert self.constants is not None

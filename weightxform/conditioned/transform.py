@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import autocast_dtype
+from .._torch import cast_by_autocast, outside_autocast
 from ..filter_warp import function as filter_warp
 from ..numerics import opmath
 from ..transform import Transform, describe, require_float
@@ -17,21 +16,6 @@ from .respond import over_channels, respond
 
 Conditions = Mapping[str, Tensor]
 Needs = dict[str | None, tuple[int, ...] | None]
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def full_precision(method: _F) -> _F:
-    """``method`` outside of autocast: a half type is for the weight, not for what it is made with."""
-
-    @functools.wraps(method)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        tensor = next((v for v in (*args[1:], *kwargs.values()) if isinstance(v, Tensor)), None)
-        if tensor is None or autocast_dtype(tensor.device.type) is None:
-            return method(*args, **kwargs)
-        with torch.autocast(tensor.device.type, enabled=False):
-            return method(*args, **kwargs)
-
-    return outside  # type: ignore[return-value]
 
 
 class Kernel(NamedTuple):
@@ -116,7 +100,7 @@ class FilterTransform(Transform):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement at(weight, conditions, dtype)")
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         """:meth:`at`, and for a change the weight with it."""
         if not self.is_change:
@@ -185,7 +169,7 @@ class FilterTransform(Transform):
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
         self.check_alone()
-        return self.whole(raw, {}, autocast_dtype(raw.device.type))[0]
+        return self.whole(raw, {}, cast_by_autocast(raw))[0]
 
     def __add__(self, other: Any) -> FilterTransform:
         return Sum(self, other) if isinstance(other, FilterTransform) else NotImplemented
@@ -259,11 +243,11 @@ class Warp(FilterTransform):
     def linear(self) -> View | None:
         return self.seen()
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return warped(self.fitting(weight), self.matrix(conditions, weight), self.seen(), dtype)
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         return warped(self.fitting(weight), self.whole_matrix(conditions, weight), self.seen(), dtype)
 
@@ -316,7 +300,7 @@ class _Pair(FilterTransform):
         views = {part.linear() for part in self.parts}  # type: ignore[operator]
         return views.pop() if len(views) == 1 else None
 
-    @full_precision
+    @outside_autocast
     def at(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         view = self.linear()
         if view is None:
@@ -341,7 +325,7 @@ class Sum(_Pair):
     def is_change(self) -> bool:  # type: ignore[override]
         return all(part.is_change for part in self.parts)
 
-    @full_precision
+    @outside_autocast
     def whole(self, weight: Tensor, conditions: Conditions, dtype: torch.dtype | None = None) -> Tensor:
         view = self.linear()
         if view is not None:
@@ -367,7 +351,7 @@ class Sum(_Pair):
         a, b = (part.at(weight, conditions, wide) for part in self.parts)  # type: ignore[operator]
         return (a + b).to(dtype)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         a, b = (part.matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a + b
@@ -393,7 +377,7 @@ class Chain(_Pair):
         outs = [a.whole(w, {n: c[i : i + 1] for n, c in conditions.items()}, dtype) for i, w in enumerate(inner)]
         return torch.cat(outs)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         a, b = (part.whole_matrix(conditions, like) for part in self.parts)  # type: ignore[operator]
         return a @ b

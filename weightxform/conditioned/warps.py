@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .._torch import special_mode
+from .._torch import outside_autocast, special_mode
 from ..checks import require_bool, require_choice, require_int, require_number
 from ..numerics import opmath
 from ..transform import describe, require_float
 from ..warp_matrix import function as warp_matrix
 from ..warp_matrix.reference import INTERPOLATIONS, PADDINGS
 from .condition import Positive, first
-from .transform import Conditions, Kernel, Needs, View, Warp, full_precision, numbers
+from .transform import Conditions, Kernel, Needs, View, Warp, numbers
 
 
 class Source(NamedTuple):
@@ -132,7 +132,7 @@ class Sampled(Warp):
         )
         return warp_matrix.apply(params, options)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         axes = [d - 2 for d in self.seen().axes]
         values = self.source.of(self, conditions, like)
@@ -236,7 +236,7 @@ class Scale(Sampled):
             raise ValueError(f"Scale: isotropic must be True for a kernel with one axis, {list(kernel.size)}")
         return super().plan(kernel)
 
-    @full_precision
+    @outside_autocast
     def matrix(self, conditions: Conditions, like: Tensor) -> Tensor:
         axes = [d - 2 for d in self.seen().axes]
         values = self.source.of(self, conditions, like)

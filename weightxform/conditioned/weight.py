@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import versions
-from .._torch import autocast_dtype
+from .._torch import cast_by_autocast
 from ..transform import Transform, configured_after
 from .condition import ALONE
 from .transform import FilterTransform
@@ -78,7 +78,7 @@ class ConditionedWeight(Transform):
         return raw if self.shape is None else raw.reshape(raw.shape[0], *self.shape)
 
     def compute(self, raw: Tensor, advance: bool) -> Tensor:
-        given, dtype = self.given(), autocast_dtype(raw.device.type)
+        given, dtype = self.given(), cast_by_autocast(raw)
         if given.kept is None or torch.compiler.is_compiling():
             return self._compute(raw, given, dtype)
         tensors, seen = (raw, *self.tensors()), self._seen
