@@ -22,7 +22,7 @@ from ..transform import describe
 from .condition import Given
 from .transform import FilterTransform, View
 
-LARGE = 8  # times as many numbers as a sample: a sweep on two CPU threads; patches never won there
+PER_SAMPLE = 2  # a sweep of B = 32 on two CPU threads; patches never won there
 FORMS = ("auto", "loop", "grouped", "activation")
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -51,25 +51,57 @@ def each_in_turn(x: Any, given: Given, call: Callable[[int, Any], Any]) -> Any:
     rows = given.rows()
     assert rows is not None
     order = None if given.index is None else torch.argsort(rows, stable=True)
+    back = None if order is None else torch.argsort(order)
     sizes = [1] * given.count if order is None else torch.bincount(rows, minlength=given.count).tolist()
     leaves, spec = tree_flatten(x)
     cut = [
-        (t if order is None else t[order]).split(sizes)
+        _permuted(t, order, back).split(sizes)
         if isinstance(t, Tensor) and t.shape[:1] == (given.batch,)
         else [t] * given.count
         for t in leaves
     ]
     outs = [tree_flatten(call(k, tree_unflatten([part[k] for part in cut], spec))) for k in range(given.count)]
-    back = None if order is None else torch.argsort(order)
-    joined = [_joined(parts, sizes, back) for parts in zip(*(out for out, _ in outs), strict=True)]
+    joined = [_joined(parts, sizes, order, back) for parts in zip(*(out for out, _ in outs), strict=True)]
     return tree_unflatten(joined, outs[0][1])
 
 
-def _joined(parts: Sequence[Any], sizes: Sequence[int], back: Tensor | None) -> Any:
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. The backward is the way back; that of an index would be a scatter into zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, order, back):
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, back = ctx.saved_tensors
+        return _Permuted.apply(grad, back, order), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return tangent.index_select(0, ctx.saved_tensors[0])
+
+
+def _permuted(x: Tensor, order: Tensor | None, back: Tensor | None) -> Tensor:
+    """``x[order]``; ``back``: the inverse of ``order``. ``None``: as it is."""
+    if order is None:
+        return x
+    if torch.compiler.is_compiling() or not x.is_floating_point():
+        return x.index_select(0, order)
+    return _Permuted.apply(x, order, back)
+
+
+def _joined(parts: Sequence[Any], sizes: Sequence[int], order: Tensor | None, back: Tensor | None) -> Any:
     """What a layer returned for the samples of each condition, for the batch; what is no tensor must be one for all."""
     if all(isinstance(y, Tensor) and y.shape[:1] == (n,) for y, n in zip(parts, sizes, strict=True)):
-        joined = torch.cat([*parts])
-        return joined if back is None else joined[back]
+        return _permuted(torch.cat([*parts]), back, order)
     if any(isinstance(y, Tensor) for y in parts) or any(y != parts[0] for y in parts):
         raise RuntimeError(
             "Conditioned: a layer with a forward of its own must return tensors [B, ...], or what does not depend on "
@@ -97,7 +129,7 @@ def _output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> Any
 
 def grouped(layer: Any, x: Tensor, weight: Tensor, given: Given, output_size: list[int] | None = None) -> Tensor:
     """One call with a group for each sample."""
-    each = weight if given.index is None else weight[given.index]
+    each = weight if given.index is None else weight.index_select(0, given.index)
     if isinstance(layer, nn.Linear):
         y = (x.flatten(1, -2) if x.ndim > 2 else x[:, None]) @ each.transpose(1, 2)
         y = y.reshape(*x.shape[:-1], each.shape[1])
@@ -128,7 +160,7 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, Any]:
 
 def on_patches(layer: Any, x: Tensor, raw: Tensor, matrix: Tensor, view: View, given: Given) -> Tensor | None:
     """The activation form of a warp; ``None`` where there is none. ``raw`` [O, I, *kernel], ``matrix`` [C, K, K]."""
-    each = matrix if given.index is None else matrix[given.index]
+    each = matrix if given.index is None else matrix.index_select(0, given.index)
     if view.axes != tuple(range(2, raw.ndim)):
         return None
     if isinstance(layer, nn.Linear):
@@ -153,7 +185,7 @@ def on_patches(layer: Any, x: Tensor, raw: Tensor, matrix: Tensor, view: View, g
 
 
 def best(layer: Any, transform: nn.Module, x: Tensor, given: Given) -> str:
-    """Which form, by what has to be written: the groups want a copy of the weight for each sample."""
+    """Which form: the groups want a copy of the weight for each sample, the loop a convolution for each condition."""
     if isinstance(layer, nn.Linear):
         return "activation" if isinstance(transform, FilterTransform) else "grouped"
     if torch.compiler.is_compiling():
@@ -162,4 +194,5 @@ def best(layer: Any, transform: nn.Module, x: Tensor, given: Given) -> str:
         return "activation" if single else "grouped"
     if given.index is None:
         return "grouped"
-    return "loop" if layer._parameters["weight"].numel() >= LARGE * x[0].numel() else "grouped"
+    loops = PER_SAMPLE * layer._parameters["weight"].numel() >= given.count * x[0].numel()
+    return "loop" if loops else "grouped"
