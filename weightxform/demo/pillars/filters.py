@@ -25,7 +25,7 @@ def plans(settings: Settings) -> dict[str, table.Plan]:
     """By head. ``settings.steps``: those of the upright training; the others have their part of them."""
     upright = settings.steps or (250 if settings.quick else 1200)
     seeds = [settings.seed + k for k in range(1 if settings.quick else 3)]
-    part, test, below = (0.08, 200, 20.0) if settings.quick else (1.0, 1000, 4.0)
+    part, test, below = (0.15, 200, 15.0) if settings.quick else (1.0, 1000, 4.0)
     if settings.steps is not None:
         part = settings.steps / 1200
     return {
