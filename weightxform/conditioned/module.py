@@ -303,13 +303,15 @@ class Conditioned(nn.Module):
 
     def _keeps(self, found: Given) -> bool:
         """Whether what is computed may serve later calls: without a graph, and where nothing is random."""
-        if in_backward() or special_mode() or any(map(may_be_random, self._roots())):
+        if in_backward() or special_mode():
             return False
         if any(slots_of(layer)["weight"].managed for layer in self._layers):  # FSDP2 writes unseen
             return False
-        if not torch.is_grad_enabled():
-            return True
-        return not found.needs_grad() and not any(t.requires_grad for layer in self._layers for t in _tensors_of(layer))
+        if torch.is_grad_enabled() and (
+            found.needs_grad() or any(t.requires_grad for layer in self._layers for t in _tensors_of(layer))
+        ):
+            return False
+        return not any(map(may_be_random, self._roots()))
 
     def _roots(self) -> Iterator[nn.Module]:
         if self.transform is not None:
