@@ -18,13 +18,13 @@ from weightxform.bench import footprint
 from weightxform.bench.rooms import filters
 from weightxform.bench.rooms.filters import model, plain, targets, truth
 from weightxform.bench.rooms.filters.problem import KINDS, FilterCase, FilterProblem, case
-from weightxform.bench.rooms.filters.variants import ARC, GRID, NAMED, OURS, build
+from weightxform.bench.rooms.filters.variants import ARC, ATTACHED, GRID, NAMED, OURS, build
 from weightxform.registry import OPS
 
 CPU = torch.device("cpu")
 OF_KIND = {
     "filter_mlp": ("mlp",), "modulate": ("stylegan2",), "demodulate": ("stylegan2",), "experts": ("mix",),
-    "learned": ("matmul",), "rotate_border": ("arc", "grid_sample", "matmul"),
+    "learned": ("matmul",), "rotate_border": ("arc", "grid_sample", "matmul"), **dict.fromkeys(ATTACHED, ("formula",)),
 }  # fmt: skip
 WARP = "grid_sample", "matmul"
 
@@ -41,8 +41,10 @@ def judged(problem: truth.Answering, variant: cases.Variant) -> cases.Answer:
 # the gate
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", list(OURS))
+TRAINED = [(kind, frozen) for kind in KINDS for frozen in (False, True) if not (frozen and KINDS[kind].fixed)]
+
+
+@pytest.mark.parametrize(("kind", "frozen"), TRAINED)
 def test_every_variant_is_right(kind: str, frozen: bool) -> None:
     problem = problem_of(kind, frozen)
     variants = list(filters.variants(problem))
@@ -50,8 +52,9 @@ def test_every_variant_is_right(kind: str, frozen: bool) -> None:
     for variant in variants:
         answer = judged(problem, variant)
         assert answer.passed, (variant.name, answer)
-        assert len(variant.raws) == len(problem.tensors) - frozen
-        trained = [t for n, t in problem.tensors.items() if n != "weight" or not frozen]
+        still = ["weight"] * frozen + ["params"] * KINDS[kind].fixed
+        trained = [t for n, t in problem.tensors.items() if n not in still]
+        assert len(variant.raws) == len(trained) == len(problem.tensors) - len(still)
         assert all(map(torch.equal, variant.raws, trained))
         assert all(raw.grad is None for raw in variant.raws)
 
@@ -73,7 +76,7 @@ def test_every_variant_of_a_model_is_right(count: int, monkeypatch: pytest.Monke
 
 def test_every_kind_is_benchmarked() -> None:
     of_weights = [c for c in filters.CASES if isinstance(c, FilterCase)]
-    assert {c.kind for c in of_weights} == set(KINDS) == set(OURS)
+    assert {c.kind for c in of_weights} == set(KINDS) == {*OURS, *ATTACHED}
     assert any(c.quick for c in filters.CASES)
     assert {targets.ROTATE, targets.BORDER, targets.DEMODULATE, targets.FILTER_MLP} <= {c.name for c in filters.CASES}
     for chosen in of_weights:

@@ -19,6 +19,7 @@ WARP = (*GRID, "matmul", "matmul compiled")
 ARC = "arc", "arc compiled", "grid_sample", "matmul"
 STYLEGAN = "stylegan2", "stylegan2 compiled"
 MLP = "mlp", "mlp compiled"
+FORMULA = "formula", "formula compiled"
 CASES = (
     case("rotate", 256, 256, 3, 32, *WARP),
     case("rotate", 256, 256, 3, 32, *WARP, frozen=True),
@@ -52,6 +53,12 @@ CASES = (
     case("filter_mlp", 64, 64, 5, 8, *MLP),
     case("filter_mlp", 64, 64, 3, 8, "mlp", quick=True),
     case("experts", 256, 256, 3, 32, "mix", "mix compiled"),
+    case("steerable", 256, 256, 3, 32, "formula"),
+    case("steerable", 64, 64, 5, 8, "formula"),
+    case("flip", 256, 256, 3, 32, *FORMULA),
+    case("permute", 256, 256, 3, 32, "formula"),
+    case("low_rank", 256, 256, 3, 32, *FORMULA),
+    case("affine_hypernet", 256, 256, 3, 32, *FORMULA),
     model.case(1),
     model.case(8),
     model.case(model.BATCH),

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import weightxform as wx
 
 EPS = 1e-8
 
@@ -112,6 +116,42 @@ def experts(weight: Tensor, routing: Tensor) -> Tensor:
     return (routing @ weight.flatten(1)).view(-1, *weight.shape[1:])
 
 
-def low_rank(weight: Tensor, gains: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """W + U diag(g) V with U [O, r], V [r, I k k]."""
+def low_rank(weight: Tensor, params: Tensor, u: Tensor, v: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """W + U diag(g) V with U [O, r], V [r, I k k], g a linear map of the condition."""
+    gains = F.linear(params, gain, bias)
     return weight + ((u * gains[:, None, :]) @ v).view(-1, *weight.shape)
+
+
+def affine_hypernet(weight: Tensor, params: Tensor, rows: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """W + h H, with h hidden units of the condition."""
+    return weight + (F.silu(F.linear(params, w1, b1)) @ rows).view(-1, *weight.shape)
+
+
+def flipped(weight: Tensor, params: Tensor) -> Tensor:
+    """(1 - c) W + c W, mirrored."""
+    c = params[:, None, None, None, None]
+    return (1 - c) * weight + c * weight.flip(-1)
+
+
+def quarters(weight: Tensor, params: Tensor) -> Tensor:
+    """W after 0 to 3 quarter turns."""
+    return torch.stack([weight.rot90(int(k), (2, 3)) for k in params.tolist()])
+
+
+@functools.cache
+def _harmonics(k: int, dtype: torch.dtype) -> Tensor:
+    """Of 1, cos, ..., sin, ..., and of what the harmonics cannot hold, [., K, K]: found once, as a user would."""
+    steerable = wx.Steerable()
+    steerable.attach(torch.empty(1, 1, k, k, dtype=dtype))
+    assert steerable.constants is not None
+    return steerable.constants.view(-1, k * k, k * k)
+
+
+def steered(weight: Tensor, params: Tensor) -> Tensor:
+    """The harmonics turned exactly, the rest bilinearly."""
+    k = weight.shape[-1]
+    *constants, rest = _harmonics(k, weight.dtype).to(weight.device).unbind()
+    multiples = params[:, None] * torch.arange(1, len(constants) // 2 + 1, dtype=params.dtype, device=params.device)
+    of_angle = torch.cat([torch.ones_like(params)[:, None], multiples.cos(), multiples.sin()], 1)
+    steering = torch.einsum("cm,mpq->cpq", of_angle, torch.stack(constants))
+    return matmul(weight, steering + warp_matrix(rotation(params), k, "zeros") @ rest)

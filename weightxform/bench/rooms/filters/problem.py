@@ -17,6 +17,7 @@ Tensors = dict[str, Tensor]
 Form = Callable[..., Tensor]
 
 HIDDEN, EXPERTS = 64, 4
+FEATURES, RANK, UNITS = 4, 4, 8
 WITHIN = math.radians(40)  # ARC's router keeps its angles there
 
 
@@ -29,6 +30,7 @@ class Kind:
         each: name -> shape of one condition; drawn by ``draw``.
         shared: name -> shape, of a weight [O, I, *k]; normal, over the root of their last axis.
         banks: E, of a weight [E, O, I, *k].
+        fixed: the conditions are whole numbers, and take no gradient.
         change: what becomes of the numbers that were drawn.
     """
 
@@ -37,6 +39,7 @@ class Kind:
     draw: Callable[..., Tensor] = torch.randn
     shared: Callable[[Sequence[int]], dict[str, tuple[int, ...]]] = lambda weight: {}
     banks: int | None = None
+    fixed: bool = False
     change: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
 
@@ -64,6 +67,15 @@ def _mlp_shapes(weight: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {"w1": (HIDDEN, taps + 2), "b1": (HIDDEN,), "w2": (taps, HIDDEN), "b2": (taps,)}
 
 
+def _low_rank_shapes(weight: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    columns = math.prod(weight[1:])
+    return {"u": (weight[0], RANK), "v": (RANK, columns), "gain": (RANK, FEATURES), "bias": (RANK,)}
+
+
+def _hypernet_shapes(weight: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    return {"rows": (UNITS, math.prod(weight)), "w1": (UNITS, FEATURES), "b1": (UNITS,)}
+
+
 def _off_the_kink(tensors: Tensors) -> Tensors:
     """Numbers of few bits: every hidden unit is computed without a rounding, and is at least 2^-12 from the kink of its
     relu, also where all are three quarters of what they were. Else a rounding would decide which gradient is right."""
@@ -82,6 +94,11 @@ KINDS = {
     "filter_mlp": Kind(plain.filter_mlp, lambda w: {"condition": (2,)}, shared=_mlp_shapes, change=_off_the_kink),
     "modulate": Kind(plain.modulated, lambda w: {"style": (w[1],)}),
     "demodulate": Kind(plain.demodulated, lambda w: {"style": (w[1],)}),
+    "steerable": Kind(plain.steered, lambda w: TURN, partial(_between, -math.pi, math.pi)),
+    "flip": Kind(plain.flipped, lambda w: TURN, partial(_between, 0.0, 1.0)),
+    "permute": Kind(plain.quarters, lambda w: TURN, lambda *shape: torch.randint(4, shape).float(), fixed=True),
+    "low_rank": Kind(plain.low_rank, lambda w: {"params": (FEATURES,)}, shared=_low_rank_shapes),
+    "affine_hypernet": Kind(plain.affine_hypernet, lambda w: {"params": (FEATURES,)}, shared=_hypernet_shapes),
     "experts": Kind(plain.experts, lambda w: {"routing": (EXPERTS,)}, banks=EXPERTS),
 }
 
@@ -149,6 +166,7 @@ class FilterProblem(Problem):
     def leaves(self) -> Tensors:
         """Fresh; the base gets no gradient where it is frozen."""
         frozen = {"weight"} if self.case.frozen else set()
+        frozen |= self.each if KINDS[self.case.kind].fixed else set()
         return {n: t.clone().requires_grad_(n not in frozen) for n, t in self.tensors.items()}
 
     def answer(self, factor: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,6 +197,6 @@ def scaled(leaves: Tensors, factor: float, dtype: torch.dtype) -> Tensors:
 def floor(problem: FilterProblem) -> tuple[int, int]:
     """C filter banks are written, and their gradients read; all else is read in both, its gradients are written."""
     read = sum(t.nbytes for t in problem.tensors.values())
-    written = read - problem.tensors["weight"].nbytes * problem.case.frozen
+    written = sum(t.nbytes for t in raws(problem.leaves()))
     out = problem.douts[0].nbytes
     return read + out, out + read + written

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import weightxform as wx
 
 from .... import backends
 from ...case import Variant
 from . import plain
-from .problem import KINDS, FilterProblem, Form, raws
+from .problem import FEATURES, KINDS, RANK, UNITS, FilterProblem, Form, raws
 
 OPS = {"modulate": "modulate_fwd", "demodulate": "modulate_fwd", "filter_mlp": "filter_mlp_fwd"}  # others: filter_warp
+GEMMS = "low_rank", "affine_hypernet"  # products of torch's, in both
 Built = tuple[Callable[[], Sequence[Tensor]], list[Tensor]]
 
 
@@ -35,6 +37,29 @@ def _routed(weight: Tensor, routing: Tensor) -> Tensor:
     return wx.functional.filter_warp(banks, routing[:, :, None, None]).view(-1, *weight.shape[1:])
 
 
+def _attached(problem: FilterProblem, make: Callable[[], wx.FilterTransform], paths: dict[str, str]) -> Built:
+    """A transform whose parameters are those of the problem. ``paths``: name of a tensor -> of the parameter."""
+    leaves, transform = problem.leaves(), make()
+    transform.attach(leaves["weight"])
+    transform.to(problem.device)
+    for name, path in paths.items():
+        owner, _, last = path.rpartition(".")
+        leaves[name] = nn.Parameter(leaves[name].detach())
+        setattr(transform.get_submodule(owner), last, leaves[name])
+    weight, conditions = leaves["weight"], {"params": leaves["params"]}
+    return lambda: [transform.whole(weight, conditions)], raws(leaves)
+
+
+_FEATURES: dict[str, Any] = {"condition": "params", "size": FEATURES, "harmonics": None}
+ATTACHED: dict[str, tuple[Callable[[], wx.FilterTransform], dict[str, str]]] = {
+    "steerable": (lambda: wx.Steerable(condition="params"), {}),
+    "flip": (lambda: wx.Flip(-1, "params"), {}),
+    "permute": (lambda: wx.Permute("p4", "params"), {}),
+    "low_rank": (
+        lambda: wx.LowRank(RANK, **_FEATURES), {"u": "U", "v": "V", "gain": "g.last.weight", "bias": "g.last.bias"},
+    ),
+    "affine_hypernet": (lambda: wx.AffineHypernet(UNITS, **_FEATURES), {"rows": "H", "w1": "w1", "b1": "b1"}),
+}  # fmt: skip
 OURS: dict[str, Form] = {
     "rotate": _turned,
     "rotate_border": partial(_turned, padding="border"),
@@ -71,6 +96,7 @@ NAMED: dict[str, tuple[str, dict[str, Form]]] = {
     "stylegan2": (STYLEGAN, FORMULAS),
     "mlp": (MLP, FORMULAS),
     "mix": ("torch, r @ W", FORMULAS),
+    "formula": ("torch, its formula", FORMULAS),
 }
 COMPILED = " compiled"
 
@@ -84,7 +110,8 @@ def build(problem: FilterProblem, form: Form, compiled: bool = False) -> Built:
 def variants(problem: FilterProblem) -> Iterator[Variant]:
     kind = problem.case.kind
     served, _ = backends.serving(OPS.get(kind, "filter_warp_fwd"), problem.device.type)
-    yield Variant("ours", "ours", partial(build, problem, OURS[kind]), served)
+    ours = partial(_attached, problem, *ATTACHED[kind]) if kind in ATTACHED else partial(build, problem, OURS[kind])
+    yield Variant("ours", "ours", ours, "torch" if kind in GEMMS else served)
     for chosen in problem.case.plain:
         name, forms = NAMED[chosen.removesuffix(COMPILED)]
         form = forms[kind]
